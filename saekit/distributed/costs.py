@@ -101,6 +101,8 @@ class Job:
     """Dead features of each row that AuxK trains, counted as if as many were dead; 0: none."""
     centers: bool = True
     """Whether ``b_dec`` is subtracted from what the encoder reads."""
+    elementwise: bool = True
+    """Whether the optimizer updates each number by itself, so that processes with the same ones share that."""
 
     @classmethod
     def topk(cls, d: int, d_sae: int, rows: int, k: int) -> Job:
@@ -117,7 +119,15 @@ class Job:
 
     def state_bytes(self, mesh: Mesh) -> float:
         """Parameters, gradients, the optimizer's moments and firing counts of one process."""
-        return self.parameters(mesh) * (2 + self.moments) * _FLOAT + 2 * _LONG * self.d_sae / mesh.features
+        numbers = 2 * self.parameters(mesh) + self.moments * self.updated(mesh)
+        return numbers * _FLOAT + 2 * _LONG * self.d_sae / mesh.features
+
+    def updated(self, mesh: Mesh) -> float:
+        """Parameters that one process updates, and of which it keeps moments: of large ones those of some features."""
+        large = self.split / mesh.features - self._small_split(mesh)
+        if not self.elementwise or (self.d_sae / mesh.features) % mesh.data:
+            large = 0
+        return self.parameters(mesh) - large * (1 - 1 / mesh.data)
 
     def step_bytes(self, mesh: Mesh) -> float:
         """What a fast step takes beside that, when it takes most: see :meth:`held`."""
@@ -131,12 +141,15 @@ class Job:
         """
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
         chunk, group = min(rows, _CHUNK), self._group(mesh)
+        # What others send of a gradient is received in the memory of a chunk's features.
+        parts = self.updated(mesh) < self.parameters(mesh)
+        received = (1 - 1 / mesh.data) * _FLOAT * own * max(self.d_in, self.d_out) if parts else 0
         found = {"inputs": _FLOAT * rows * self.d_in * (2 if self.centers else 1)}
         found["errors"] = _FLOAT * group * self.d_out
         if not self.screened:
-            found["features of a chunk"] = 1.5 * _FLOAT * chunk * own
+            found["features of a chunk"] = max(_FLOAT * chunk * own, received) + 0.5 * _FLOAT * chunk * own
             return found | self._in_gradients(mesh)
-        found["features of a chunk"] = chunk * own * (2 + 1)  # bounds in bfloat16, and a mask
+        found["features of a chunk"] = max(2 * chunk * own, received) + chunk * own  # bounds in bfloat16, and a mask
         found["the rounded encoder"] = 2 * own * (self.d_in + 8)
         # While a chunk is looked at, of every 32 the largest is there in float32, five times.
         return found | max(
@@ -186,10 +199,14 @@ class Job:
 
     def _small(self, mesh: Mesh) -> float:
         """Numbers of gradients that go together with counts."""
-        own, alike = self.d_sae / mesh.features, self.alike if self.alike < LARGE else 0
+        return self._small_split(mesh) + (self.alike if self.alike < LARGE else 0)
+
+    def _small_split(self, mesh: Mesh) -> float:
+        """Those of parameters that have an axis of features."""
+        own = self.d_sae / mesh.features
         if own * max(self.d_in, self.d_out) < LARGE:
-            return self.split / mesh.features + alike
-        return (self.vectors * own if own < LARGE else 0) + alike
+            return self.split / mesh.features
+        return self.vectors * own if own < LARGE else 0
 
     def messages(self, mesh: Mesh) -> list[Message]:
         """Those of one step, but for a few numbers, such as losses."""
@@ -234,10 +251,11 @@ class Job:
         return 2 * rows * own * (self.d_in + (0 if self.k else 2 * (self.d_in + self.d_out)))
 
     def moved_bytes(self, mesh: Mesh) -> float:
-        """What a step reads and writes besides: weights and moments there and back, gradients made, added to the norm,
-        read and written once more; features of each row, several times; rows of weights that active entries meet."""
+        """What a step reads and writes besides: gradients made, read and written once more; of what is updated, weights
+        and moments there and back, and gradients twice; features of each row, several times; rows of weights that
+        active entries meet."""
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
-        moved = self.parameters(mesh) * _FLOAT * (2 + 2 * self.moments + 5)
+        moved = _FLOAT * (3 * self.parameters(mesh) + self.updated(mesh) * (2 + 2 * self.moments + 2))
         moved += rows * own * (3 * 2 + 3 if self.screened else 3 * _FLOAT)  # written, and looked at twice; and a mask
         moved += self.d_in * own * (2 * _FLOAT + 2) if self.screened else 0
         return moved + rows * self.k / mesh.features * _FLOAT * (2 * self.d_in + 3 * self.d_out)

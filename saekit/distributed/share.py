@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.distributed.drawing import drawn_part
 from saekit.distributed.group import Group
 from saekit.distributed.largest import keys_bits, sorted_keys, threshold
 from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS
@@ -182,9 +183,14 @@ class Share:
     def noise(self, rows: int, features: int, generator: torch.Generator) -> Tensor:
         """``[rows, features]``: this process's part of normal numbers that are drawn for all rows and all features."""
         whole = self.n(rows), features * self.parts
-        drawn = torch.randn(*whole, generator=generator, device=generator.device)
         row, feature = sum(self.counts[: self.rows.rank]), self.first_feature(features)
-        return drawn[row : row + rows, feature : feature + features]
+        if self.split and generator.device.type == "cpu":
+            own = (row, rows), (feature, features)
+            return drawn_part(
+                lambda memory: memory.normal_(generator=generator), whole, *own, torch.get_default_dtype()
+            )
+        drawn = torch.randn(*whole, generator=generator, device=generator.device)
+        return drawn[row : row + rows, feature : feature + features]  # other devices draw other numbers for a part
 
 
 WHOLE = Share()

@@ -77,6 +77,11 @@ class Workspace:
         """A bool tensor of the shape of ``pre [n, m]``, in the memory of gradients, which come later."""
         return self.scratch("gradient", (len(pre), pre.shape[1]), torch.bool, pre.device)
 
+    def between_steps(self, numbers: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """``[numbers]`` with anything in it, in the memory of pre-activations, which nobody needs when gradients are
+        made."""
+        return self.scratch("pre", (numbers,), dtype, device)
+
     def gradient_for(self, parameter: Tensor) -> Tensor:
         """A tensor like ``parameter [d_sae, d]``, in one piece, with anything in it; given back by :meth:`recycle`."""
         spares = self._spare.get((parameter.shape, parameter.dtype))

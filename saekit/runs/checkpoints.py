@@ -45,10 +45,11 @@ __all__ = [
     "write_saes",
 ]
 
-MANIFEST, STREAM, TRAINING = "checkpoint.json", "stream", "training"
+MANIFEST, STREAM, TRAINING, MOMENTS = "checkpoint.json", "stream", "training", "moments"
 FORMAT = 1
 _OWN = re.compile(rf"{re.escape(MANIFEST)}|{STREAM}(-\d+)?\.(json|safetensors)", re.ASCII)
-_OWN_OF_SAE = re.compile(rf"{TRAINING}(-\d+)?\.(json|safetensors)|{'|'.join(map(re.escape, SAE_FILES))}", re.ASCII)
+_STATES = rf"({TRAINING}(-\d+)?|{MOMENTS}-\d+-\d+)\.(json|safetensors)"
+_OWN_OF_SAE = re.compile(rf"{_STATES}|{'|'.join(map(re.escape, SAE_FILES))}", re.ASCII)
 _LITTER = {".DS_Store", "Thumbs.db", "desktop.ini"}  # of systems, which nobody misses
 
 
@@ -136,6 +137,13 @@ class Checkpoint:
             except (OSError, SafetensorError) as error:
                 raise StorageError(f"{path} cannot be read: {error}") from error
         return state
+
+    def moments(self, name: str, part: int | None = None, *, mapped: bool = False) -> list[dict[str, Any]]:
+        """What other processes with the same features kept of the optimizer, in their order, and so wrote: of what is
+        in :meth:`training`, the parts that come after it."""
+        stems = [f"{MOMENTS}-{part}-{process}" for process in range(1, self.mesh[0])]
+        there = [stem for stem in stems if f"{name}/{stem}.json" in self.facts["files"]]
+        return [self._read(self.folder / name, stem, mapped=mapped)["optimizer"] for stem in there]
 
     def _read(self, folder: Path, stem: str, *, mapped: bool = False) -> dict[str, Any]:
         from saekit.runs.state_files import read_state

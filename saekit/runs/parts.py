@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from saekit.runs.opening import seed_for
 from saekit.sae.module import SAEModule
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.schedule import ComposedSchedule, SupervisedSchedule
+from saekit.training.shown import Shown
 from saekit.values import EvalRun
 
-__all__ = ["make_evals", "make_optimizer", "make_schedule", "moment_bytes"]
+__all__ = ["make_evals", "make_optimizer", "make_schedule", "moment_bytes", "updates_numbers"]
 
 
 def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedule:
@@ -41,10 +42,11 @@ def make_optimizer(
     schedule: Callable[[int], float],
     parameters: Iterable[tuple[str, nn.Parameter]] | None = None,
     features: Group | None = None,
+    rows: Group | None = None,
 ) -> ScheduledOptimizer:
     """The chosen one, with what is left to the architecture; of ``parameters``, or by default those of ``sae``.
 
-    ``features`` are the processes over which its features are split.
+    ``features`` are the processes over which its features are split, and ``rows`` those that have the same.
     """
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
     if not isinstance(chosen.options, OptimizerConfig):
@@ -57,28 +59,43 @@ def make_optimizer(
     clip = chosen.options.clip_grad_norm
     with blamed(chosen.item, "build"):
         of = sae.named_parameters() if parameters is None else parameters
-        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=sae.table, features=features)
+        table = sae.table
+        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=table, features=features, rows=rows)
 
 
-def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule) -> int | None:
+def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule, rows: Group | None = None) -> int | None:
     """What the chosen optimizer keeps of the parameters of ``sae`` beside them, in bytes; None where that is not known.
 
-    It is asked: it takes a step on parameters of the same names that have a few numbers each, and what it has then of
-    their shape it will have of that of the others.
+    Of processes ``rows`` with the same parameters, what this one keeps.  It is asked: it takes a step on parameters of
+    the same names that have a few numbers each, and what it has then of their shape it will have of that of the others.
     """
     few = {name: _of_a_few_numbers(parameter) for name, parameter in sae.named_parameters()}
     try:
-        optimizer = make_optimizer(config, plugins, sae, lambda step: config.training.lr, few.items())
+        optimizer = _of(few, config, plugins, sae)
         optimizer.step(0)
         kept = optimizer.state_dict()
     except Exception:  # with parameters of these sizes a stranger's need not work
         return None
+    entries = {entry.name: entry for entry in sae.table}
+    rows = rows if rows is not None and optimizer.elementwise else Group()
     return sum(
-        value.itemsize * parameter.numel()
+        value.itemsize * Shown(name, parameter, entries.get(name), rows).own.numel()
         for name, parameter in sae.named_parameters()
         for value in kept.get(name, {}).values()
         if isinstance(value, Tensor) and value.shape == few[name].shape
     )
+
+
+def updates_numbers(config: TrainConfig, plugins: PluginManager, sae: SAEModule) -> bool:
+    """Whether the chosen optimizer says that it updates each number by itself."""
+    few = {name: _of_a_few_numbers(parameter) for name, parameter in sae.named_parameters()}
+    return _of(few, config, plugins, sae).elementwise
+
+
+def _of(
+    few: Mapping[str, nn.Parameter], config: TrainConfig, plugins: PluginManager, sae: SAEModule
+) -> ScheduledOptimizer:
+    return make_optimizer(config, plugins, sae, lambda step: config.training.lr, few.items())
 
 
 def _of_a_few_numbers(parameter: Tensor) -> nn.Parameter:

@@ -57,7 +57,9 @@ def in_step(config: TrainConfig, world: World) -> TrainConfig:
     return attrs.evolve(config, training=attrs.evolve(config.training, train_batch_size_tokens=rows // world.data.size))
 
 
-def job_of(sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_rows: bool) -> Job:
+def job_of(
+    sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_rows: bool, elementwise: bool = True
+) -> Job:
     """What costs depend on of a whole ``sae``, of which the optimizer keeps so many bytes."""
     numbers = sae.table.count()
     parts = [
@@ -78,6 +80,7 @@ def job_of(sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_row
         vectors=sum(part.dim() == 1 for part in parts),
         k_aux=int(getattr(sae, "k_aux", 0)) if getattr(sae, "aux_coefficient", 0) else 0,
         centers=options.apply_b_dec_to_input,
+        elementwise=elementwise,
     )
 
 

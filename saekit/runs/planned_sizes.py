@@ -21,7 +21,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
-from saekit.runs.parts import moment_bytes
+from saekit.runs.parts import moment_bytes, updates_numbers
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
 from saekit.runs.planned_mesh import advice, facts_of_layout, facts_of_mesh, in_step, job_of
@@ -82,17 +82,19 @@ class Sizes:
         if kept is None:
             self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
         self._arrange(sae, kept, source)
+        written = kept  # by all processes with the same features
         if (world := self.world.column).size > 1:  # from here on, what one process has
             sae.to("meta")
             spread(sae, world)
-            weights, kept = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
+            weights, written = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
+            kept = kept and moment_bytes(self.config, self.plugins, sae, world.data)
         if kept is not None:
             self.numbers["optimizer_bytes"] = kept
         self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
         buffer = self._buffer(source)
         trained_state, waiting = weights + (kept or 0), self._waiting(source, buffer)
-        written = world.features.size * trained_state + world.size * waiting
-        checkpoint = self._checkpoints(saved, trained_state + waiting, written)
+        together = world.features.size * (weights + (written or 0)) + world.size * waiting
+        checkpoint = self._checkpoints(saved, trained_state + waiting, together)
         if not checkpoint and self.config.checkpoints.n_checkpoints:
             checkpoint = saved  # to look at
         kept_last = self.config.checkpoints.keep_last > 0
@@ -126,7 +128,8 @@ class Sizes:
         """How processes are arranged, what each of them sends, and which arrangement is best."""
         mesh = Mesh(self.world.data.size, self.world.features.size)
         shares = source is not None and shares_rows(source)
-        job = job_of(sae, self.config, kept, gathers_rows=shares)
+        by_numbers = kept is not None and updates_numbers(self.config, self.plugins, sae)
+        job = job_of(sae, self.config, kept, gathers_rows=shares, elementwise=by_numbers)
         device = _device(self.config.training.device, self.options.dtype)
         self.facts |= facts_of_mesh(job, mesh) | facts_of_layout(job, self.world)
         if mesh.size > 1:

@@ -241,7 +241,7 @@ def make_trainer(
         name=name,
         sae=sae,
         sites=config.sites,
-        optimizer=make_optimizer(config, plugins, sae, schedule, features=world.features),
+        optimizer=make_optimizer(config, plugins, sae, schedule, features=world.features, rows=world.data),
         firing=FiringStatistics(
             sae.d_sae,
             dead_after=training.dead_after,

@@ -93,17 +93,26 @@ def training_of(checkpoint: Checkpoint, name: str, sae: SAEModule) -> dict[str, 
     share, (data, features) = sae.share, checkpoint.mesh
     numbers = range(features) if data * features > 1 else [None]
     if features == share.parts:
-        return checkpoint.training(name, numbers[share.features.rank])
+        own = numbers[share.features.rank]
+        moments = checkpoint.moments(name, own, mapped=True)
+        state = checkpoint.training(name, own, mapped=bool(moments))
+        return part_of_training([state], sae.table, moments=[moments]) if moments else state
     states = [checkpoint.training(name, number, mapped=True) for number in numbers]
-    return part_of_training(states, sae.table, share.features.rank, share.parts)
+    every = [checkpoint.moments(name, number, mapped=True) for number in numbers]
+    return part_of_training(states, sae.table, share.features.rank, share.parts, every)
 
 
 def part_of_training(
-    states: Sequence[Mapping[str, Any]], table: ParameterTable, number: int = 0, of: int = 1
+    states: Sequence[Mapping[str, Any]],
+    table: ParameterTable,
+    number: int = 0,
+    of: int = 1,
+    moments: Sequence[Sequence[Mapping[str, Any]]] | None = None,
 ) -> dict[str, Any]:
     """Part ``number`` of ``of`` of an SAE's training state, in memory of its own.
 
-    ``states`` are those of all parts as its features were split before, in their order, or the one of the whole.
+    ``states`` are those of all parts as its features were split before, in their order, or the one of the whole; of
+    each, ``moments`` are those parts of what the optimizer keeps that other processes kept, in their order.
     """
 
     def cut(values: Sequence[Tensor], axis: int) -> Tensor:
@@ -117,7 +126,17 @@ def part_of_training(
             at += value.shape[axis]
         return found
 
-    return {key: _owned(value) for key, value in {**states[0], **_each(states, table, cut)}.items()}
+    found = {**states[0], **_each(states, table, cut, moments or [[] for _ in states])}
+    return {key: _owned(value) for key, value in found.items()}
+
+
+def _are_of(parts: Sequence[object], axis: int, weights: Tensor) -> bool:
+    """Whether ``parts`` make together, along ``axis``, what has the shape of ``weights``."""
+    shapes = [list(part.shape) for part in parts if isinstance(part, Tensor) and part.ndim == weights.ndim]
+    if not weights.ndim or len(shapes) != len(parts):
+        return False
+    along = sum(shape[axis] for shape in shapes)
+    return all([*shape[:axis], along, *shape[axis + 1 :]] == list(weights.shape) for shape in shapes)
 
 
 def _owned(state: Any) -> Any:
@@ -130,7 +149,10 @@ def _owned(state: Any) -> Any:
 
 
 def _each(
-    states: Sequence[Mapping[str, Any]], table: ParameterTable, made: Callable[[Sequence[Tensor], int], Tensor]
+    states: Sequence[Mapping[str, Any]],
+    table: ParameterTable,
+    made: Callable[[Sequence[Tensor], int], Tensor],
+    moments: Sequence[Sequence[Mapping[str, Any]]],
 ) -> dict[str, Any]:
     """What is split of training states: weights, moments of their shape, and what is counted of each feature."""
     if states[0]["diverged"] is not None:
@@ -146,10 +168,14 @@ def _each(
     }
     optimizer = {}
     for name, kept in states[0]["optimizer"].items():
-        shape = None if name not in axes else states[0]["weights"][name].shape
+        every = [
+            [part[name] for part in (state["optimizer"], *others) if name in part]
+            for state, others in zip(states, moments, strict=True)
+        ]
+        like = states[0]["weights"].get(name)
         optimizer[name] = {
-            key: made([state["optimizer"][name][key] for state in states], axes[name])
-            if isinstance(value, Tensor) and value.shape == shape and value.ndim
+            key: made([part[key] for parts in every for part in parts], axes[name])
+            if name in axes and _are_of([part[key] for part in every[0]], axes[name], like)
             else value
             for key, value in kept.items()
         }

@@ -13,7 +13,7 @@ from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.distributed.world import World
 from saekit.errors import LostProcessError
-from saekit.runs.checkpoints import STREAM, TRAINING, versions
+from saekit.runs.checkpoints import MOMENTS, STREAM, TRAINING, versions
 from saekit.runs.session import Session
 from saekit.runs.spread_saes import contents_in
 from saekit.runs.state_files import StateFiles
@@ -67,18 +67,22 @@ class Staging:
     def trainings(self, session: Session) -> dict[str, StateFiles]:
         """Of each SAE the training state, as far as it is for this process to write.
 
-        It is without the weights where the SAE as it is saved has the very same.  :class:`StorageError` for what cannot
-        be saved.
+        It is without the weights where the SAE as it is saved has the very same.  Of processes with the same features
+        the first writes it, and the others what they alone keep of the optimizer.  :class:`StorageError` for what
+        cannot be saved.
         """
         world = session.world.column
-        if world.data.rank:  # another has the same features
-            return {}
         stem = TRAINING if world.size == 1 else f"{TRAINING}-{world.features.rank}"
         found = {}
         for name, member in session.members.items():
             if not member.here:
                 continue
             trainer = member.trainer
+            if world.data.rank:
+                if trainer.diverged is None and (moments := trainer.optimizer.parted_state()):
+                    place = f"{MOMENTS}-{world.features.rank}-{world.data.rank}"
+                    found[name] = StateFiles.of(place, self.held({"optimizer": moments}))
+                continue
             state = trainer.state_dict()
             if world.size == 1 and trainer.as_saved and trainer.sae.saved_as_it_is and not list(trainer.sae.buffers()):
                 state.pop("weights", None)

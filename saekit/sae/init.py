@@ -14,6 +14,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from saekit.distributed.drawing import drawn_part
 from saekit.errors import ConfigError
 from saekit.sae.parameters import ParameterTable, Start
 
@@ -21,10 +22,6 @@ __all__ = [
     "Constant", "b_dec", "by_parts", "decoder", "drawn", "encoder", "geometric_median", "initial_b_dec", "ones",
     "starts_by_parts", "zeros",
 ]  # fmt: skip
-
-
-_PIECE = 1 << 22  # numbers that are drawn together where a part is kept, a multiple of those of normal ones
-_NORMALS = 16  # normal numbers that torch makes together
 
 
 class _Init(Protocol):
@@ -66,20 +63,8 @@ def drawn(
         draw(values)
         return values
     outer, own = math.prod(shape[:along]), math.prod(shape[along:])
-    kept = torch.empty(outer, own, dtype=like, device="cpu")
-    row, first, total = own * start.parts, start.part * own, outer * own * start.parts
-    memory = torch.empty(min(total, _PIECE + _NORMALS), dtype=like, device="cpu")
-    at = 0
-    while at < total:
-        end = at + _PIECE if total - at >= _PIECE + _NORMALS else total
-        draw(piece := memory[: end - at])
-        for place in range(at // row, -(-end // row)):
-            mine = place * row + first
-            begin, stop = max(at, mine), min(end, mine + own)
-            if begin < stop:
-                kept[place, begin - mine : stop - mine] = piece[begin - at : stop - at]
-        at = end
-    return kept.view(shape)
+    whole = outer, own * start.parts
+    return drawn_part(draw, whole, (0, outer), (start.part * own, own), like).view(shape)
 
 
 @by_parts

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -16,6 +16,7 @@ from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
 from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
+from saekit.training.shown import Shown
 
 __all__ = ["BuildOptimizer", "ScheduledOptimizer"]
 
@@ -42,28 +43,21 @@ class ScheduledOptimizer:
         clip: float = 1.0,
         table: ParameterTable | None = None,
         features: Group | None = None,
+        rows: Group | None = None,
     ) -> None:
         """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them.
 
-        ``features`` are the processes over which those are split of which the table says so; None: this one has all.
+        ``features`` are the processes over which those are split of which the table says so, and ``rows`` those that
+        have the same: of an optimizer that updates each number by itself, each updates a part of what is large.  None:
+        this one has all, and updates all.
         """
-        self._names, self._parameters = zip(*parameters, strict=True)
-        # Fused kernels copy what is not contiguous.  A matrix whose transpose is shows the optimizer that instead.
-        self._turned = [p.dim() == 2 and p.T.is_contiguous() and not p.is_contiguous() for p in self._parameters]
-        self._shown = [
-            nn.Parameter(p.detach().T) if turned else p
-            for p, turned in zip(self._parameters, self._turned, strict=True)
-        ]
-        self._clip, self._features = clip, features or Group()
-        split = {entry.name for entry in table or () if entry.split is not None}
-        self._split = [name in split for name in self._names]
-        self._schedule = schedule
-        device = self._parameters[0].device
-        groups = self._groups(table)
-        factors = {id(shown): group["lr_factor"] for group in groups for shown in group["params"]}
-        self._inner = build(groups=groups, lr=schedule(0))
-        self._check(factors)
-        if self._features.size > 1 and not (isinstance(self._inner, Elementwise) and self._inner.elementwise):
+        self._clip, self._features, self._rows = clip, features or Group(), rows or Group()
+        self._schedule, given = schedule, [*parameters]
+        device = given[0][1].device
+        self._build(given, build, table, self._rows)
+        if not self.elementwise and any(shown.parted for shown in self._shown):
+            self._build(given, build, table, Group())
+        if self._features.size > 1 and not self.elementwise:
             raise ConfigError(
                 [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
                   "itself (elementwise), so the parameters cannot be split over processes; set distributed.features "
@@ -79,6 +73,30 @@ class ScheduledOptimizer:
         self.lr = schedule(0)
         """The rate of the last step."""
 
+    def _build(
+        self,
+        parameters: Sequence[tuple[str, nn.Parameter]],
+        build: BuildOptimizer,
+        table: ParameterTable | None,
+        rows: Group,
+    ) -> None:
+        entries = {entry.name: entry for entry in table or ()}
+        self._shown = [Shown(name, parameter, entries.get(name), rows) for name, parameter in parameters]
+        groups = self._groups(table)
+        factors = {id(own): group["lr_factor"] for group in groups for own in group["params"]}
+        self._inner = build(groups=groups, lr=self._schedule(0))
+        self._check(factors)
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it says that it updates each number by itself."""
+        return isinstance(self._inner, Elementwise) and self._inner.elementwise
+
+    @property
+    def parted(self) -> Mapping[nn.Parameter, Shown]:
+        """The parameters of which other processes update other parts."""
+        return {shown.parameter: shown for shown in self._shown if shown.parted}
+
     @property
     def failed(self) -> bool:
         """Whether a step was left out because its loss or gradient was not finite.  To look waits for the device."""
@@ -87,34 +105,41 @@ class ScheduledOptimizer:
     @torch.no_grad()
     def step(self, step: int, loss: Tensor | None = None, factor: float = 1.0) -> Tensor:
         """One update from the parameters' ``grad`` times ``factor``, whose memory is given up; returns the norm before
-        clipping.
+        clipping.  Of :attr:`parted` ones, own parts of gradients are those of all processes, and all have the whole
+        afterwards.
 
         When the ``loss``, a scalar if it is given, or the norm is not finite, weights and moments stay as they are, in
         this step and in all that follow: see :attr:`failed`.
         """
         self.lr = self._schedule(step)
-        self._show_gradients()
-        gradients = [p.grad for p in self._shown if p.grad is not None]
-        norm = self._total_norm(gradients) if factor == 1 else self._total_norm(gradients) * factor
+        memory = [shown.show_gradient() for shown in self._shown]
+        norm = self._total_norm() if factor == 1 else self._total_norm() * factor
         sound = norm if loss is None else loss.detach() + norm
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
             self._update(norm, factor)
+            for shown in self._shown:
+                shown.spread()
         for shown in self._shown:
-            shown.grad = None
-        SHARED.recycle(gradients)
+            shown.own.grad = None
+        SHARED.recycle(memory)
         return norm
 
-    def _total_norm(self, gradients: list[Tensor]) -> Tensor:
+    def _total_norm(self) -> Tensor:
         """Of all parameters, those of other processes included."""
-        if self._features.size == 1:
-            return nn.utils.get_total_norm(gradients)
-        parts: list[list[Tensor]] = [[], []]
-        for shown, split in zip(self._shown, self._split, strict=True):
-            if shown.grad is not None:
-                parts[split].append(shown.grad)
-        alike, own = (nn.utils.get_total_norm(some).to(self._failed.device).square() for some in parts)
-        return (alike + self._features.sum(own)).sqrt()
+        found = [(shown.split + shown.parted, shown.own.grad) for shown in self._shown if shown.own.grad is not None]
+        parted = any(shown.parted for shown in self._shown)
+        if self._features.size == 1 and not parted:
+            return nn.utils.get_total_norm([gradient for _, gradient in found])
+        alike, split, own = (
+            nn.utils.get_total_norm([gradient for kind, gradient in found if kind == parts])
+            .to(self._failed.device)
+            .square()
+            for parts in range(3)
+        )
+        if parted:
+            split = split + self._rows.sum(own)  # what is in parts is split
+        return (alike + self._features.sum(split)).sqrt()
 
     def _update(self, norm: Tensor, factor: float) -> None:
         if self._guarded is not None:
@@ -124,11 +149,11 @@ class ScheduledOptimizer:
                 scale = (torch.ones_like(self._failed) if scale is None else scale) / factor
             self._guarded.grad_scale = scale
         else:
-            for shown in self._shown if factor != 1 else ():
-                if shown.grad is not None:
-                    shown.grad.mul_(factor)
+            for own in (one.own for one in self._shown if factor != 1):
+                if own.grad is not None:
+                    own.grad.mul_(factor)
             if self._clip:
-                nn.utils.clip_grads_with_norm_(self._shown, self._clip, norm)
+                nn.utils.clip_grads_with_norm_([shown.own for shown in self._shown], self._clip, norm)
         for group in self._inner.param_groups:
             group["lr"] = self.lr * group["lr_factor"]
         self._inner.step()
@@ -140,13 +165,13 @@ class ScheduledOptimizer:
         factors = {} if table is None else table.lr_factors()
         unit_rows = set() if table is None else {entry.name for entry in table if entry.unit_rows}
         groups: dict[float, dict[str, Any]] = {}
-        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
-            factor = factors.get(name, 1.0)
+        for shown in self._shown:
+            name, factor = shown.name, factors.get(shown.name, 1.0)
             group = groups.setdefault(factor, {"params": [], "names": [], "unit_rows": [], "transposed": []})
             group["lr_factor"] = factor
-            for what, value in (("params", shown), ("names", name), ("unit_rows", name in unit_rows)):
+            for what, value in (("params", shown.own), ("names", name), ("unit_rows", name in unit_rows)):
                 group[what].append(value)
-            group["transposed"].append(turned)
+            group["transposed"].append(shown.turned)
         return list(groups.values())
 
     def _check(self, factors: Mapping[int, float]) -> None:
@@ -162,36 +187,24 @@ class ScheduledOptimizer:
     def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
         return {name: copy.deepcopy(value) for name, value in group.items() if name not in _OURS}
 
-    def _show_gradients(self) -> None:
-        for parameter, shown, turned in zip(self._parameters, self._shown, self._turned, strict=True):
-            if turned:
-                if shown.data_ptr() != parameter.data_ptr():  # somebody gave the parameter other memory
-                    parameter.data = parameter.data.T.contiguous().T
-                    shown.data = parameter.detach().T
-                shown.grad = None if parameter.grad is None else parameter.grad.T
-                parameter.grad = None
-            if shown.grad is not None and shown.grad.stride() != shown.stride():
-                shown.grad = torch.empty_like(shown).copy_(shown.grad)  # fused kernels go by memory alone
-
     # ---- state
 
-    def _numbered(self) -> Iterator[tuple[int, str, nn.Parameter, bool]]:
-        """Number in the optimizer's own state, name, what is shown, and whether that is turned."""
+    def _numbered(self) -> Iterator[tuple[int, Shown]]:
+        """Each with its number in the optimizer's own state."""
         numbers = {id(p): n for n, p in enumerate(p for group in self._inner.param_groups for p in group["params"])}
-        for name, shown, turned in zip(self._names, self._shown, self._turned, strict=True):
-            yield numbers[id(shown)], name, shown, turned
+        return ((numbers[id(shown.own)], shown) for shown in self._shown)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the optimizer keeps, by the name of the parameter; the rate follows from the step.
+        """What the optimizer keeps, by the name of the parameter, of :attr:`parted` ones of the own part; the rate
+        follows from the step.
 
         Settings of groups that it changed as it went, and whatever else is in its ``state_dict()``, are beside them.
         """
         state = self._inner.state_dict()
         found: dict[str, Any] = {}
-        for number, name, shown, turned in self._numbered():
+        for number, shown in self._numbered():
             if number in state["state"]:
-                kept = state["state"][number].items()
-                found[name] = {key: value.T if turned and _is_like(value, shown) else value for key, value in kept}
+                found[shown.name] = {key: shown.kept(value) for key, value in state["state"][number].items()}
         others = {key: value for key, value in state.items() if key not in ("state", "param_groups")}
         changed = {
             str(number): {key: value for key, value in settings.items() if not _same(value, first.get(key))}
@@ -203,20 +216,26 @@ class ScheduledOptimizer:
             others["param_groups"] = changed
         return {**found, _REST: others} if others else found
 
+    def parted_state(self) -> dict[str, Any]:
+        """Of :meth:`state_dict`, what other processes do not have."""
+        parted, state = {shown.name for shown in self._shown if shown.parted}, self.state_dict()
+        return {name: kept for name, kept in state.items() if name in parted}
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken; :class:`StorageError` where it is not of these parameters."""
+        """Go on where ``state`` was taken, which has all of each parameter; :class:`StorageError` where it is of
+        others."""
         others = dict(state.get(_REST, {}))
         self._check_saved({name: value for name, value in state.items() if name != _REST})
         numbered = {
             number: {
                 # In the order of memory of what the optimizer is shown, which fused kernels walk through.
-                key: torch.empty_like(shown).copy_(value.T if turned else value)
-                if _is_like(value, shown.T if turned else shown) and value.dim()
+                key: torch.empty_like(shown.own).copy_(shown.of(value))
+                if _is_like(value, shown.parameter) and value.dim()
                 else value
-                for key, value in state[name].items()
+                for key, value in state[shown.name].items()
             }
-            for number, name, shown, turned in self._numbered()
-            if name in state
+            for number, shown in self._numbered()
+            if shown.name in state
         }
         own = self._inner.state_dict()
         changed = others.pop("param_groups", {})
@@ -224,11 +243,11 @@ class ScheduledOptimizer:
         self._inner.load_state_dict({**own, **others, "param_groups": groups, "state": numbered})
 
     def _check_saved(self, state: Mapping[str, Any]) -> None:
-        if unknown := sorted(set(state) - set(self._names)):
+        if unknown := sorted(set(state) - {shown.name for shown in self._shown}):
             raise StorageError(f"the saved optimizer has moments of {', '.join(unknown)}, which this SAE does not have")
         if not isinstance(self._inner, HasMoments):
             return
-        for name, parameter in zip(self._names, self._parameters, strict=True):
+        for name, parameter in ((shown.name, shown.parameter) for shown in self._shown):
             if name in state and state[name].keys() != set(self._inner.moments):
                 raise StorageError(f"the saved optimizer has {', '.join(state[name]) or 'no moments'} of {name}")
             for moment, value in state.get(name, {}).items():

@@ -5,36 +5,46 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from saekit.distributed.share import Share
 from saekit.distributed.sizes import LARGE
 from saekit.sae.module import SAEModule
+from saekit.training.shown import Shown
 from saekit.values import StepOutput
 
 __all__ = ["of_whole_batch"]
 
 
 @torch.no_grad()
-def of_whole_batch(sae: SAEModule, share: Share, result: StepOutput, rows: int) -> tuple[StepOutput, float]:
+def of_whole_batch(
+    sae: SAEModule, share: Share, result: StepOutput, rows: int, parted: Mapping[nn.Parameter, Shown]
+) -> tuple[StepOutput, float]:
     """``result`` of a step on this process's ``rows``, with loss, numbers and counts of the whole batch, and gradients
     averaged likewise; and what these are still to be multiplied by.
 
     A loss is a mean over rows, so that of the whole is the mean of those of the parts, each by its rows.  Where all
-    have as many rows, and nobody but the optimizer looks at gradients, it multiplies them as it reads.
+    have as many rows, and nobody but the optimizer looks at gradients, it multiplies them as it reads.  Of ``parted``
+    parameters other processes update other parts, and unless somebody looks at the whole, own parts of gradients do.
     """
     if share.rows.size == 1:
         return result, 1.0
     weight, left = rows / share.n(rows), 1.0
-    if len({*share.counts}) == 1 and type(sae).before_update is SAEModule.before_update:  # which is linear
+    plain = type(sae).before_update is SAEModule.before_update  # which is linear, and looks at each row by itself
+    if len({*share.counts}) == 1 and plain:
         weight, left = 1.0, weight
-    gradients = [parameter.grad for parameter in sae.parameters() if parameter.grad is not None]
-    small = [gradient for gradient in gradients if gradient.numel() < LARGE]
-    for gradient in gradients:
+    small = []
+    for parameter in sae.parameters():
+        if (gradient := parameter.grad) is None:
+            continue
         if weight != 1:
             gradient.mul_(weight)
-        if gradient.numel() >= LARGE:
+        if plain and parameter in parted:
+            parted[parameter].sum_gradient()
+        elif gradient.numel() >= LARGE:
             share.rows.sum_(gradient)
+        else:
+            small.append(gradient)
     metrics = {name: value for name, value in result.metrics.items() if isinstance(value, Tensor)}
     wide = torch.promote_types(result.loss.dtype, torch.float32)
     numbers = [number.detach().to(wide) for number in (result.loss, *result.losses.values(), *metrics.values())]

@@ -165,7 +165,7 @@ class SAETrainer:
         self.sae.share = share
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
-        result, factor = of_whole_batch(self.sae, share, result, len(x))
+        result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted)
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss, factor)

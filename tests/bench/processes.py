@@ -79,13 +79,13 @@ def leave_active(trainer: SAETrainer, batch: Batch, world: World) -> None:
 @contextmanager
 def watched(seconds: dict[str, float], calls: Counter[str]) -> Iterator[None]:
     """Add to ``seconds`` and ``calls`` what collectives take, the wait for the others included."""
-    kept = {name: getattr(JoinedGroup, name) for name in ("sum_", "gather")}
+    kept = {name: getattr(JoinedGroup, name) for name in ("sum_", "sum_parts_", "spread_parts_", "gather")}
 
     def timed(name: str) -> Callable[..., Any]:
         def call(group: JoinedGroup, value: torch.Tensor, *rest: Any) -> Any:
             begun = time.perf_counter()
             found = kept[name](group, value, *rest)
-            kind = f"{name.rstrip('_')} of {value.nbytes:,} bytes"
+            kind = f"{name.rstrip('_').replace('_', ' ')} of {value.nbytes:,} bytes"
             seconds[kind] += time.perf_counter() - begun
             calls[kind] += 1
             return found
@@ -141,7 +141,7 @@ def rounds_of(world: World, of: Case, number: int) -> Found:
 
 def against_one(kind: str, mesh: str, of: Case, rounds: int, where: bool) -> None:
     """Print a mesh's figures."""
-    call = Call("bench.processes:rounds_of", *MESHES[mesh], (of, rounds))
+    call = Call("bench.processes:rounds_of", *MESHES[mesh], (of, rounds), parts=False)
     with tempfile.TemporaryDirectory() as folder:
         found: Sequence[Found] = together({"": call}, 2, Path(folder))[""]
     both = [max(times) for times in zip(*(one.both for one in found), strict=True)]

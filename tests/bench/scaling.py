@@ -81,25 +81,37 @@ def on_cpu(of: Job, mesh: Mesh) -> Job:
 
 @contextmanager
 def counted(sent: Counter[str]) -> Iterator[None]:
-    """Add to ``sent`` the bytes that this process gives to each kind of collective."""
-    sum_, gather = JoinedGroup.sum_, JoinedGroup.gather
-    names = {}
+    """Add to ``sent`` the bytes that this process gives to each kind of collective.
+
+    A sum of own parts and then their spreading send half each of what a sum does.
+    """
+    kept = {name: getattr(JoinedGroup, name) for name in ("sum_", "sum_parts_", "spread_parts_", "gather")}
 
     def summing(group: JoinedGroup, value: torch.Tensor) -> torch.Tensor:
         sent[f"sum {group.size}"] += value.nbytes if value.is_contiguous() or value.T.is_contiguous() else 0
-        return sum_(group, value)
+        found: torch.Tensor = kept["sum_"](group, value)
+        return found
+
+    def summing_parts(group: JoinedGroup, value: torch.Tensor, memory: torch.Tensor) -> None:
+        sent[f"sum {group.size}"] += value.nbytes // 2
+        kept["sum_parts_"](group, value, memory)
+
+    def spreading(group: JoinedGroup, value: torch.Tensor) -> None:
+        sent[f"sum {group.size}"] += value.nbytes // 2
+        kept["spread_parts_"](group, value)
 
     def gathering(group: JoinedGroup, value: torch.Tensor) -> list[torch.Tensor]:
         sent[f"gather {group.size}"] += value.nbytes
-        return gather(group, value)
+        found: list[torch.Tensor] = kept["gather"](group, value)
+        return found
 
-    names = {"sum_": summing, "gather": gathering}
-    for name, own in names.items():
+    for name, own in zip(kept, (summing, summing_parts, spreading, gathering), strict=True):
         setattr(JoinedGroup, name, own)
     try:
         yield
     finally:
-        JoinedGroup.sum_, JoinedGroup.gather = sum_, gather  # type: ignore[method-assign]
+        for name, own in kept.items():
+            setattr(JoinedGroup, name, own)
 
 
 def count(world: World, of: Case) -> dict[str, int]:
@@ -137,7 +149,7 @@ def count_all(sizes: list[int], d: int = 64, d_sae: int = 4096) -> None:
     for size in sizes:
         calls = {
             f"{kind} {mesh.data} {mesh.features}": Call(
-                "bench.scaling:count", mesh.data, mesh.features, (case(kind, d, d_sae, 4),)
+                "bench.scaling:count", mesh.data, mesh.features, (case(kind, d, d_sae, 4),), parts=False
             )
             for kind in KINDS
             for mesh in meshes(size)
@@ -194,7 +206,8 @@ def memory_all(sizes: list[int]) -> None:
     for kind, d, d_sae, rows in SHAPES:
         for size in sizes:
             for mesh in meshes(size):
-                call = Call("bench.scaling:memory", mesh.data, mesh.features, (case(kind, d, d_sae, 4, rows),))
+                given = (case(kind, d, d_sae, 4, rows),)
+                call = Call("bench.scaling:memory", mesh.data, mesh.features, given, parts=False)
                 with tempfile.TemporaryDirectory() as folder:
                     found = max(together({"": call}, size, Path(folder))[""])
                 of = on_cpu(job(kind, d, d_sae, rows), mesh)
@@ -321,13 +334,23 @@ DEVICES = {
 
 
 def rates_here(world: World, d: int, own: int) -> Rates:
-    """Of one thread of this machine, at the very kinds of work: products in bfloat16, and passes through memory."""
-    x, y = torch.rand(1024, d).bfloat16(), torch.rand(own, d).bfloat16()
-    out = torch.empty(1024, own, dtype=torch.bfloat16)
+    """Of one thread of this machine, at the very kinds of work: products in the type that steps make them in, passes
+    through memory, and what is sent of gradients, or of reconstructions."""
+    kind = torch.bfloat16 if why_no_screen(torch.device("cpu"), torch.float32, own) is None else torch.float32
+    x, y = torch.rand(1024, d).to(kind), torch.rand(own, d).to(kind)
+    out = torch.empty(1024, own, dtype=kind)
     values, more = torch.rand(20_000_000), torch.rand(20_000_000)
     product = min(_timed(lambda: torch.mm(x, y.T, out=out)) for _ in range(7))
     moved = min(_timed(lambda: values.add_(more)) for _ in range(7))
-    linked = min(_timed(lambda: world.all.sum_(values)) for _ in range(7)) if world.size > 1 else 1.0
+
+    def send() -> None:
+        if world.data.size > 1:
+            world.data.sum_parts_(values, more)
+            world.data.spread_parts_(values)
+        else:
+            world.all.sum_(values)
+
+    linked = min(_timed(send) for _ in range(7)) if world.size > 1 else 1.0
     sent = 2 * (world.size - 1) / world.size * values.nbytes
     return Rates(2 * 1024 * d * own / product, 3 * values.nbytes / moved, sent / linked or 1.0)
 
@@ -352,7 +375,7 @@ def time_all(sizes: list[int]) -> None:
         for size in sizes:
             for mesh in meshes(size):
                 of = attrs.evolve(case(kind, d, d_sae, 100, rows), steps=100)
-                call = Call("bench.scaling:steps_timed", mesh.data, mesh.features, (of,))
+                call = Call("bench.scaling:steps_timed", mesh.data, mesh.features, (of,), parts=False)
                 with tempfile.TemporaryDirectory() as folder:
                     each = together({"": call}, size, Path(folder))[""]
                 rates = Rates(*(min(some) for some in zip(*(attrs.astuple(one) for one, _ in each), strict=True)))

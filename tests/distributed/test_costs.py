@@ -50,7 +50,11 @@ def test_a_process_has_its_part() -> None:
     job = Job.topk(64, 4096, rows=2048, k=8)
     assert job.parameters(Mesh()) == 2 * 64 * 4096 + 4096 + 64
     assert job.parameters(Mesh(2, 4)) == (2 * 64 * 4096 + 4096) / 4 + 64
-    assert job.state_bytes(Mesh(8, 1)) == job.state_bytes(Mesh())
+    large = 2 * 64 * 4096
+    assert job.state_bytes(Mesh(8, 1)) == job.state_bytes(Mesh()) - 4 * 2 * large * 7 / 8, "moments of large ones"
+    whole = attrs.evolve(job, elementwise=False)
+    assert whole.state_bytes(Mesh(8, 1)) == job.state_bytes(Mesh())
+    assert job.updated(Mesh(3, 1)) == job.parameters(Mesh()), "they cannot be divided"
     assert job.messages(Mesh()) == []
     assert {mesh.size for mesh in meshes(12)} == {12}
     assert len(meshes(12)) == 6

@@ -1,6 +1,7 @@
 """Steps of several processes are those of one: weights, metrics and firing counts, in float64 and in float32.
 
-``make test-processes`` compares every architecture that trains, with every mix of options, on 2 and on 4 processes.
+``make test-processes`` compares every architecture that trains, with every mix of options, on 2 and on 4 processes: on
+two cores that takes minutes, and can be done in parts (``SAEKIT_PROCESSES=4``, ``-k "1x4 and standard"``).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import attrs
 import pytest
 import torch
 from support.golden import FILES
-from support.processes import Call, Found, trained
+from support.processes import Call, Found, Results, once, trained
 from support.spread_cases import CASES, CHOSEN, FAST, MESHES, SIZE, label
 
 import saekit
@@ -31,6 +32,15 @@ def calls(folder: Path) -> dict[str, Call]:
         for data, features in MESHES
         for name, case in CHOSEN.items()
     }
+
+
+@pytest.fixture(scope="module")
+def found(request: pytest.FixtureRequest, folder: Path) -> Results:
+    """What each process made of the cases that were asked for, so that a few (``-k``) take seconds."""
+    items: list[Any] = [item for item in request.session.items if getattr(item, "module", None) is request.module]
+    given = [item.callspec.params for item in items if "found" in item.fixturenames]
+    asked = {label(one["name"], *one["mesh"]) for one in given}
+    return once(folder, lambda place: {name: call for name, call in calls(place).items() if name in asked}, SIZE)
 
 
 @cache
@@ -72,7 +82,7 @@ def _off(found: float, expected: float) -> float:
 
 
 @pytest.mark.parametrize("name", CHOSEN)
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "data {} features {}".format(*mesh))
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "{}x{}".format(*mesh))
 def test_steps_are_those_of_one_process(
     name: str, mesh: tuple[int, int], found: dict[str, list[Found]], worst: Worst
 ) -> None:

@@ -90,6 +90,13 @@ def same(found: Any, expected: Any, place: str) -> None:
         assert found == expected, place
 
 
+def parted(state: dict[str, Any]) -> dict[str, Any]:
+    """What the optimizer keeps of parameters of which it updates a part."""
+    return {
+        name: kept for name, kept in state["optimizer"].items() if kept["exp_avg"].shape != state["weights"][name].shape
+    }
+
+
 ALL = [(name, source) for name in WAYS for source in sources(name)]
 
 
@@ -105,11 +112,16 @@ def test_the_state_is_that_which_was_saved(legs: Legs, folder: Path, name: str, 
         if checkpoint.processes == 1:
             saved = checkpoint.training("sae")
         else:
-            saved = part_of_training([checkpoint.training("sae", part) for part in range(features)], table)
+            others = [checkpoint.moments("sae", part) for part in range(features)]
+            assert {len(some) for some in others} == {checkpoint.mesh[0] - 1}, "each wrote what it updates"
+            states = [checkpoint.training("sae", part) for part in range(features)]
+            saved = part_of_training(states, table, moments=others)
         data, now = WAYS[name][number + 1]
-        for first in range(0, data * now, now):
-            parts = [one["state"] for one in made[first : first + now]]
-            loaded = parts[0] if now == 1 else part_of_training(parts, table)
+        every = [[one["state"] for one in made[first : first + now]] for first in range(0, data * now, now)]
+        for parts in every:
+            states = [{**part, "optimizer": one["optimizer"]} for part, one in zip(parts, every[0], strict=True)]
+            others = [[parted(column[place]) for column in every[1:]] for place in range(now)]
+            loaded = states[0] if data * now == 1 else part_of_training(states, table, moments=others)
             assert loaded["step"] == STOPS[number]
             same(loaded, saved, "state")
 

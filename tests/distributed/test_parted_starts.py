@@ -12,7 +12,7 @@ from support.processes import Case
 from support.spread_cases import CASES
 from torch import Tensor
 
-from saekit.distributed import ALONE, World
+from saekit.distributed import ALONE, Share, World, drawing
 from saekit.distributed.group import Group
 from saekit.sae import init, splitting
 from saekit.sae.init import starts_by_parts
@@ -58,7 +58,7 @@ def check(case: Case, parts: int) -> None:
 
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_PIECE", 48)
+    monkeypatch.setattr(drawing, "_PIECE", 48)
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -77,14 +77,34 @@ def test_parts_of_every_architecture_are_those_of_the_whole(
 @pytest.mark.parametrize("d_sae", [3, 30, 36])
 @pytest.mark.parametrize("start", STARTS)
 def test_however_they_start(start: str, d_sae: int, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_PIECE", piece)
+    monkeypatch.setattr(drawing, "_PIECE", piece)
     if start.startswith("orthogonal") and d_sae == 3:
         d_sae = 6
     check(Case({"name": "standard", **STARTS[start]}, widths=(7,), d_sae=d_sae, dtype="float32"), 3)
 
 
+@pytest.mark.parametrize("piece", [16, 48, 1 << 22])
+@pytest.mark.parametrize(("counts", "features"), [((3, 3, 2), 1), ((8,), 2), ((5, 3), 3), ((1, 1), 1)], ids=str)
+def test_noise_is_that_of_the_whole(
+    counts: tuple[int, ...], features: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(drawing, "_PIECE", piece)
+    whole = torch.Generator().manual_seed(1)
+    expected = torch.randn(sum(counts), 7 * features, generator=whole)
+    rows = [part for row in expected.split(counts) for part in row.split(7, dim=1)]
+    for number, one in enumerate(rows):
+        data, feature = divmod(number, features)
+        share = Share(Part(data, len(counts)), Part(feature, features), counts if len(counts) > 1 else ())
+        generator = torch.Generator().manual_seed(1)
+        monkeypatch.setattr(torch, "randn", lambda *rest, **more: pytest.fail("all of it is drawn at once"))
+        assert torch.equal(share.noise(counts[data], 7, generator), one)
+        assert torch.equal(generator.get_state(), whole.get_state()), "the next draw is that of the whole, too"
+        monkeypatch.undo()
+        monkeypatch.setattr(drawing, "_PIECE", piece)
+
+
 def test_numbers_of_the_whole_are_drawn_in_pieces_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(init, "_PIECE", 64)
+    monkeypatch.setattr(drawing, "_PIECE", 64)
     asked: list[int] = []
     part = attrs.evolve(_start(parts=2, part=1), parts=2)
 

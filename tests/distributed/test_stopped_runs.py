@@ -69,6 +69,9 @@ def test_it_goes_on_as_if_it_had_never_stopped(
     assert (last["mesh"], last["finished"]) == (list(mesh), True)
     parts = {f"sae/training-{part}.{kind}" for part in range(mesh[1]) for kind in ("json", "safetensors")}
     assert {file for file in last["files"] if "training" in file} == parts
+    assert {file for file in last["files"] if "moments" in file and file.endswith(".json")} == {
+        f"sae/moments-0-{process}.json" for process in range(1, mesh[0])
+    }
     assert {f"stream-{process}.safetensors" for process in range(2)} <= set(last["files"])
 
 

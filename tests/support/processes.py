@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import attrs
+import pytest
 import torch
 from support import golden, warm
 from torch import Tensor
@@ -35,7 +36,7 @@ from saekit.runs.parts import make_schedule
 from saekit.runs.setup import give_weights, make_trainer
 from saekit.sae.splitting import gathered, give_part, whole_like
 from saekit.site import Site
-from saekit.training import SAETrainer
+from saekit.training import SAETrainer, shown
 from saekit.values import Batch, Ports
 
 ROWS, D_SAE, STEPS = 24, 32, 30
@@ -188,6 +189,8 @@ class Call:
     features: int = 1
     given: tuple[Any, ...] = ()
     saes: int = 1
+    parts: bool = True
+    """Whether of all that can be divided each process updates a part, as of what is large."""
 
     @property
     def config(self) -> DistributedConfig:
@@ -195,7 +198,10 @@ class Call:
 
     def done(self, world: World) -> Any:
         module, name = self.function.split(":")
-        return getattr(importlib.import_module(module), name)(world, *self.given)
+        with pytest.MonkeyPatch.context() as patch:
+            if self.parts:
+                patch.setattr(shown, "LARGE", 1)
+            return getattr(importlib.import_module(module), name)(world, *self.given)
 
 
 def steps(world: World, case: Case) -> Found:

@@ -107,7 +107,7 @@ def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[St
         dead=None if step.dead is None else step.dead[part],
         target=None if target is None else target[own],
     )
-    found, left = of_whole_batch(sae, share, sae.training_step(x[own], step), len(x[own]))
+    found, left = of_whole_batch(sae, share, sae.training_step(x[own], step), len(x[own]), {})
     found = found._replace(
         loss=found.loss.detach(), output=share.all_rows(found.output), fired=share.all_features(found.fired)
     )

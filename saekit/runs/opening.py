@@ -136,13 +136,13 @@ def open_stream(
     doubt: Callable[[str], None] = warn_of,
     say: Say = lambda text: None,
     differs: Callable[[str], None] = refuse_other_rows,
+    left: Callable[[], int | None] = lambda: None,
 ) -> StreamContext:
     """What activations are made from; ``beside`` is another stream that runs the same model.
 
     ``doubt`` is told, in words, what looks wrong with the text, ``say`` what takes long, and ``differs`` where rows of
-    a checkpoint do not come out as they did.
+    a checkpoint do not come out as they did; ``left`` tells how many rows are still to be taken.
     """
-
     there, column = has_model(config, plugins), world.column
     corpus = attrs.evolve(corpus, mask=config.tokens.mask_column)
     if there:
@@ -182,6 +182,7 @@ def open_stream(
         processes=column.size,
         open_own=partial(open_contexts, (column.rank, column.size)),
         readers=world.saes,
+        left=left,
     )
 
 

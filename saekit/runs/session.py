@@ -49,7 +49,7 @@ from saekit.sae.module import SAEModule
 from saekit.site import Site
 from saekit.status import Say, Status
 from saekit.training.elsewhere import Elsewhere, dealt_out
-from saekit.training.loop import Lane
+from saekit.training.loop import Lane, rows_left
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram, Ports
 
@@ -189,17 +189,17 @@ class Session:
         """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
         sites = list(dict.fromkeys(site for config in configs for site in config.sites.all))
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
-        beside = next(iter(self._streams), None)
         stream = open_stream(
             configs[0],
             self.corpus,
             self.plugins,
             reader or self.backend,
             sites,
-            beside=beside,
+            beside=next(iter(self._streams), None),
             world=self.world,
             say=lambda text: self.say(text),
             differs=self.other_rows.append,
+            left=functools.partial(rows_left, self.lanes, len(self._streams)),
             doubt=warn_of if self.world.main else _pass_over,  # each would count its own part of the text
         )
         self._streams.append(stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
@@ -99,6 +100,50 @@ def test_prefetching_changes_no_batch() -> None:
     assert threads()
     ahead.close()
     assert not threads()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 6, 11])
+def test_nobody_waits_for_forwards_that_nobody_takes(batches: int) -> None:
+    """Where it is known how many rows a run takes, the thread makes those forwards that the caller alone would make."""
+    plain, stream = stream_of(repeat=True), stream_of(repeat=True)
+    taken = 0
+    stream.left = lambda: (batches - taken) * stream.batch_size - 7  # the last batch is thinned
+    one, two = source(plain), source(stream, prefetch=True)
+    for _ in range(batches):
+        assert torch.equal(next(one).activations[SITE], next(two).activations[SITE])
+        taken += 1
+    time.sleep(0.1)  # for what it must not begin
+    assert isinstance(plain.backend, FakeBackend)
+    assert isinstance(stream.backend, FakeBackend)
+    assert len(stream.backend.forwards) == len(plain.backend.forwards)
+    two.close()
+
+
+def test_a_run_makes_no_forwards_ahead_that_it_does_not_take(tmp_path: Path) -> None:
+    """Also one that goes on; and the lane with most to go counts."""
+    made = []
+    for prefetch in (False, True):
+        backend = FakeBackend()
+        plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: backend), builtins=True)  # noqa: B023
+        config = run_config(tmp_path / str(prefetch), model={"backend": "test:fake"}, evals={"run": []})
+        config["site"] = {"hook_name": SITE.hook_name}
+        config["activations"]["source"]["prefetch"] = prefetch
+        configs = [{**config, "training": {**config["training"], "training_tokens": n}} for n in (1000, 1500)]
+        saekit.train(configs, plugins=plugins)
+        time.sleep(0.1)
+        made.append(len(backend.forwards))
+    assert made[0] == made[1]
+
+
+def test_filling_is_told_of() -> None:
+    stream, said = stream_of(), list[str]()
+    stream.say = said.append
+    live = source(stream)
+    next(live)
+    assert said == ["filling the buffer, 0 of 128 activations"]
+    for _ in live:
+        pass
+    assert len(said) == 1, "of the first filling"
 
 
 def test_a_look_uses_nothing_up() -> None:

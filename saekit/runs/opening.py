@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ __all__ = [
     "check_hooks",
     "check_start_widths",
     "checked_ports",
+    "loading_text",
     "open_backend",
     "open_source",
     "open_stream",
@@ -82,6 +84,13 @@ def open_backend(
         lambda: token_choice(config.tokens, backend),
     )
     return backend
+
+
+def loading_text(config: TrainConfig, plugins: PluginManager) -> str:
+    """What is done by :func:`open_backend`, in words: the first time, most of it may be to import a library."""
+    needed = plugins.find(MODEL_BACKENDS, config.model.backend).entry.requires
+    first = [name for name in needed if name not in sys.modules]
+    return (f"importing {', '.join(first)} and " if first else "") + f"loading the model {config.model.name}"
 
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,15 +132,16 @@ def test_a_run_makes_no_forwards_ahead_that_it_does_not_take(tmp_path: Path) -> 
     assert backend.forwards.count((8, 32)) == 4 + 3, "of 256 rows, as the 6 batches"
 
 
-def test_filling_is_told_of() -> None:
+def test_filling_that_takes_long_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fewer words as it goes on; and of the first filling alone, others happen while the SAE trains."""
+    seconds = itertools.count()
+    monkeypatch.setattr("saekit_plugins.sources.live.time", SimpleNamespace(monotonic=lambda: next(seconds)))
     stream, said = stream_of(), list[str]()
     stream.say = said.append
-    live = source(stream)
-    next(live)
-    assert said == ["filling the buffer, 0 of 128 activations"]
+    live = source(stream, n_batches_in_buffer=12)
     for _ in live:
         pass
-    assert len(said) == 1, "of the first filling"
+    assert said == [f"filling the buffer, {n} of 384 activations" for n in (32, 96, 224)]
 
 
 def test_a_look_uses_nothing_up() -> None:

@@ -167,10 +167,11 @@ class LiveSource:
         return {site: values[shown.to(values.device)] for site, values in rows.items()}
 
     def _refill(self) -> None:
-        start, next_word = time.monotonic(), 0.0 if self._buffer.free == self._capacity else math.inf
+        start = time.monotonic()
+        next_word = _SECONDS_BEFORE_A_WORD if self._buffer.free == self._capacity else math.inf
         while not self._ended and self._buffer.free >= self._rows_per_forward:
             if (seconds := time.monotonic() - start) >= next_word:  # the first filling is long, and so told of
-                next_word = max(_SECONDS_BEFORE_A_WORD, 2 * seconds)
+                next_word = 2 * seconds
                 self._stream.say(f"filling the buffer, {self._buffer.waiting:,} of {self._capacity:,} activations")
             self._add()
         if self._buffer.waiting:

@@ -19,7 +19,8 @@ from saekit.reasons import reason
 
 def serve(given: BinaryIO, answers: BinaryIO) -> None:
     """Answer what is ``given`` until that ends."""
-    failure, tokenize = None, None
+    failure: DataError | None = None
+    tokenize: Any = None
     try:
         tokenize = pickle.load(given)
     except EOFError:

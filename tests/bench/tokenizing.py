@@ -74,7 +74,7 @@ def main() -> None:
     from transformers import AutoTokenizer
 
     tokenizer: Any = AutoTokenizer.from_pretrained(EMBEDDED["saekit/tiny-python"])
-    texts = [record["text"] for record in itertools.islice(stdlib_documents("train"), 60)]
+    texts: list[Any] = [record["text"] for record in itertools.islice(stdlib_documents("train"), 60)]
     turns = [text[at : at + 400] for text in texts for at in range(0, min(len(text), 20_000), 400)]
     chats: list[Any] = [
         Conversation([{"role": "user", "content": one}, {"role": "assistant", "content": two}])

@@ -161,8 +161,8 @@ class ReadAhead:
 
     def __init__(self, reader: DocumentReader, processes: TokenizingProcesses) -> None:
         self._reader, self._processes = reader, processes
-        self._read: deque[tuple[int, Any, Mapping[str, Any]]] = deque()  # with the state after each
-        self._sent: deque[Future[Sequence[Found]]] = deque()
+        self._read: deque[tuple[int, Any, Mapping[str, Any], int]] = deque()  # with the state after each, and its piece
+        self._pieces = 0  # that were read
         self._failure: BaseException | None = None  # StopIteration too; comes when all before it is handed out
         self._state: Mapping[str, Any] | None = None  # None: that of the reader
 
@@ -179,15 +179,13 @@ class ReadAhead:
             failure, self._failure = self._failure, None  # asked again, the reader says what it says then
             self._state = None
             raise failure
-        number, document, self._state = self._read.popleft()
+        number, document, self._state, _ = self._read.popleft()
         return number, document
 
     @property
     def _wants_more(self) -> bool:
-        """Two pieces for each process, one at work and one to come; and at least one document."""
-        while self._sent and self._sent[0].done():
-            self._sent.popleft()
-        return not self._read or len(self._sent) < 2 * self._processes.count
+        """Beside the piece that is handed out, two for each process: one at work, and one to come."""
+        return not self._read or self._pieces - self._read[0][3] <= 2 * self._processes.count
 
     def _read_some(self) -> None:
         """A few documents, sent off as one piece."""
@@ -204,15 +202,14 @@ class ReadAhead:
             if isinstance(document, (str, Conversation)):
                 texts.append(document)
             size += len(document) if isinstance(document, str) else _CHARACTERS // _DOCUMENTS
-        if not texts:
-            self._read.extend(found)
-            return
-        made = self._processes.send(texts)
-        self._sent.append(made)
+        made = self._processes.send(texts) if texts else None
         place = iter(range(len(texts)))
         for number, document, state in found:
-            ahead = isinstance(document, (str, Conversation))
-            self._read.append((number, Ids(made, next(place)) if ahead else document, state))
+            if made is not None and isinstance(document, (str, Conversation)):
+                self._read.append((number, Ids(made, next(place)), state, self._pieces))
+            else:
+                self._read.append((number, document, state, self._pieces))
+        self._pieces += 1
 
     def state_dict(self) -> dict[str, Any]:
         """The position of the next document that will be handed out."""
@@ -221,6 +218,5 @@ class ReadAhead:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the very next document."""
         self._read.clear()
-        self._sent.clear()
         self._failure, self._state = None, None
         self._reader.load_state_dict(state)

@@ -90,6 +90,23 @@ def test_an_end_is_an_end(ahead: Callable[..., ContextStream]) -> None:
     assert here.state_dict() == there.state_dict()
 
 
+def test_no_more_is_read_than_is_sent_ahead(ahead: Callable[..., ContextStream]) -> None:
+    """However fast the processes are: a text may be endless, and is not to fill the memory."""
+    read = []
+
+    class Texts(list[str]):
+        def __getitem__(self, at: Any) -> Any:
+            read.append(at)
+            return super().__getitem__(at)
+
+    stream = ahead(2, texts=Texts(["begin", *["abc"] * 5000]))
+    for _ in range(60):
+        stream.take(1)
+        time.sleep(0.002)
+    handed_out = stream.state_dict()["reader"]["next"]
+    assert max(at for at in read if isinstance(at, int)) < handed_out + 6 * 64
+
+
 def test_what_tokenizing_raises_is_raised_where_it_would_be(ahead: Callable[..., ContextStream]) -> None:
     texts = [*TEXTS[:90], "an x", *TEXTS[90:]]
     here, there = contexts(texts, refusing_x), ahead(texts=texts, ids=refusing_x)
@@ -137,18 +154,28 @@ def _is_there(pid: int) -> bool:
     return status.rpartition(")")[2].split()[0] != "Z"  # nobody may be there to wait for it
 
 
+SCRIPT = """
+import time
+from support.tokenizers_elsewhere import codes
+from saekit.data.chats import DocumentIds
+from saekit.data.contexts import ContextStream
+from saekit.data.packer import TokenPolicy
+from saekit.data.text import Documents
+
+ids = DocumentIds(codes, elsewhere=True)
+stream = ContextStream(Documents(["abc"] * 99), ids, TokenPolicy(context_size=4), d_vocab=128, repeat=True)
+stream.tokenize_ahead(2, "option")
+stream.take(1)
+print(*[worker._process.pid for worker in stream._processes._workers], flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_they_end_with_whoever_started_them_however_that_ends(tmp_path: Path) -> None:
     """Of a script that does its work at its top, and is not imported by them."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "import time, test_tokenizing as t\n"
-        "stream = t.contexts()\n"
-        "stream.tokenize_ahead(2, 'option')\n"
-        "stream.take(1)\n"
-        "print(*t.pids(stream), flush=True)\n"
-        "time.sleep(60)\n"
-    )
+    script.write_text(SCRIPT)
     path = os.pathsep.join(
         [str(Path(__file__).parent), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     )

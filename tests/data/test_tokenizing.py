@@ -157,16 +157,11 @@ def _is_there(pid: int) -> bool:
 SCRIPT = """
 import time
 from support.tokenizers_elsewhere import codes
-from saekit.data.chats import DocumentIds
-from saekit.data.contexts import ContextStream
-from saekit.data.packer import TokenPolicy
-from saekit.data.text import Documents
+from saekit.data.tokenizing import TokenizingProcesses
 
-ids = DocumentIds(codes, elsewhere=True)
-stream = ContextStream(Documents(["abc"] * 99), ids, TokenPolicy(context_size=4), d_vocab=128, repeat=True)
-stream.tokenize_ahead(2, "option")
-stream.take(1)
-print(*[worker._process.pid for worker in stream._processes._workers], flush=True)
+processes = TokenizingProcesses(codes, 2, "option")
+print([each.result() for each in [processes.send(["abc"]) for _ in range(9)]])
+print(*[worker._process.pid for worker in processes._workers], flush=True)
 time.sleep(60)
 """
 
@@ -183,6 +178,7 @@ def test_they_end_with_whoever_started_them_however_that_ends(tmp_path: Path) ->
         [sys.executable, str(script)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": path}
     ) as parent:
         assert parent.stdout is not None
+        assert parent.stdout.readline().count(b"array([97, 98, 99])") == 9
         found = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(found) == 2
         assert all(map(_is_there, found))

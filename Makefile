@@ -103,7 +103,7 @@ bench: $(STAMP)
 	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
 	if $(MAKE) --no-print-directory $(PEERS)-3/.installed; \
 	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
-	for name in startup gaps shuffle backends live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
+	for name in startup gaps shuffle backends tokenizing live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
 		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
 	done; \
 	for name in features tsea dashboard_server processes plan_truth jitter; do \

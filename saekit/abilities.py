@@ -27,7 +27,8 @@ __all__ = [
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
     "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
-    "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates", "TranslatesHooks", "WritesSAEs",
+    "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates", "TokenizesElsewhere", "TranslatesHooks",
+    "WritesSAEs",
 ]  # fmt: skip
 
 
@@ -42,6 +43,14 @@ class HasTokenizer(Protocol):
 
     tokenizer: Any
     """None for a model without."""
+
+
+@runtime_checkable
+class TokenizesElsewhere(Protocol):
+    """A model backend whose texts other processes can tokenize (``activations.source.tokenize_processes``)."""
+
+    def tokenizing(self) -> Callable[[str], Sequence[int]] | None:
+        """What gives the same ids as ``tokenize``, and can be pickled without the model.  None: this one has none."""
 
 
 @runtime_checkable

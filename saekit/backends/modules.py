@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import OnTokens
@@ -15,7 +15,7 @@ from saekit.backends.begun import Begun, Running
 from saekit.backends.forward import Hooks, by_position, put
 from saekit.backends.loading import attached_to, check_not_compiled
 from saekit.backends.special import special_tokens
-from saekit.backends.texts import texts_of
+from saekit.backends.texts import text_ids, texts_of
 from saekit.errors import ModelError
 from saekit.tokens import ids_of
 from saekit.values import Replacement
@@ -179,8 +179,12 @@ class ModuleBackend(Backend):
             return None
 
     def tokenize(self, text: str) -> list[int]:
-        ids: list[int] = self._read_by()(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return text_ids(self._read_by(), text)
+
+    def tokenizing(self) -> Callable[[str], Sequence[int]] | None:
+        """See :class:`saekit.abilities.TokenizesElsewhere`; of a subclass that tokenizes in a way of its own, None."""
+        own = type(self).tokenize is ModuleBackend.tokenize and self.tokenizer is not None
+        return partial(text_ids, self.tokenizer) if own else None
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         return texts_of(self._read_by(), tokens)

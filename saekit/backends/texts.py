@@ -1,14 +1,20 @@
-"""Tokens as the texts that they stand for within a text."""
+"""Texts as tokens, and tokens as the texts that they stand for within a text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-__all__ = ["texts_of"]
+__all__ = ["text_ids", "texts_of"]
 
 _BEFORE = ("a", "the", "0", ".")
 """Texts whose last token may stand before others: any will do whose own text stays as it is."""
+
+
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of ``text`` by a Hugging Face tokenizer, without special tokens."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def texts_of(tokenizer: Any, tokens: Sequence[int]) -> list[str]:

@@ -5,14 +5,48 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import attrs
+
 from saekit.data.documents import Conversation
 from saekit.errors import ConfigError, DataError
 from saekit.reasons import reason
 
-__all__ = ["Tokenize", "chat_tokenizer"]
+__all__ = ["DocumentIds", "Tokenize", "chat_tokenizer"]
 
 Tokenize = Callable[[str | Conversation], Sequence[int]]
 """A text or a conversation as token ids, nothing put before it."""
+
+
+@attrs.frozen(eq=False)
+class DocumentIds:
+    """Token ids of documents."""
+
+    texts: Callable[[str], Sequence[int]]
+    chats: Callable[[Conversation], Sequence[int]] | None = None
+    elsewhere: bool = False
+    """Whether this can be sent to other processes, and makes the same ids there."""
+
+    def __call__(self, document: str | Conversation) -> Sequence[int]:
+        if isinstance(document, str):
+            return self.texts(document)
+        assert self.chats is not None  # none are read without a template
+        return self.chats(document)
+
+
+@attrs.frozen(eq=False)
+class _ChatIds:
+    tokenizer: Any
+    template: str | None
+    """None: the tokenizer's."""
+
+    def __call__(self, conversation: Conversation) -> Sequence[int]:
+        try:
+            found: Sequence[int] = self.tokenizer.apply_chat_template(
+                list(conversation.messages), chat_template=self.template, tokenize=True, return_dict=False
+            )
+        except Exception as error:  # a template raises what it likes, and so does the library about one
+            raise DataError(f"the chat template does not take it: {reason(error)}") from error
+        return found
 
 
 def chat_tokenizer(tokenizer: Any, template: bool | str, of: str) -> Callable[[Conversation], Sequence[int]]:
@@ -31,15 +65,4 @@ def chat_tokenizer(tokenizer: Any, template: bool | str, of: str) -> Callable[[C
             [("dataset.chat_template", f"is true, and the tokenizer of {of} has no chat template; give one in its "
               "place, as a text, or use a model that was tuned for chats")]
         )  # fmt: skip
-    given = None if template is True else template
-
-    def tokens(conversation: Conversation) -> Sequence[int]:
-        try:
-            found: Sequence[int] = tokenizer.apply_chat_template(
-                list(conversation.messages), chat_template=given, tokenize=True, return_dict=False
-            )
-        except Exception as error:  # a template raises what it likes, and so does the library about one
-            raise DataError(f"the chat template does not take it: {reason(error)}") from error
-        return found
-
-    return tokens
+    return _ChatIds(tokenizer, None if isinstance(template, bool) else template)

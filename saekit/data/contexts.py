@@ -9,13 +9,16 @@ import attrs
 import numpy as np
 import numpy.typing as npt
 
+from saekit.data.chats import DocumentIds
 from saekit.data.dealing import checked_before
 from saekit.data.documents import Conversation, Document, Masked
 from saekit.data.faults import check_counts
 from saekit.data.handover import handed_over
 from saekit.data.packer import ContextPacker, IntArray, Packed, TokenPolicy
+from saekit.data.reader import DocumentReader
 from saekit.data.text import Documents
-from saekit.errors import DataError
+from saekit.data.tokenizing import Ids, ReadAhead, TokenizingProcesses
+from saekit.errors import ConfigError, DataError
 
 __all__ = ["ContextStream", "Contexts"]
 
@@ -61,7 +64,8 @@ class ContextStream:
         self._repeat = repeat
         self._packer = ContextPacker(policy, masked=masked)
         self._ready: list[Packed] = []
-        self._reader = self._documents.read()
+        self._processes: TokenizingProcesses | None = None
+        self._reader = self._reading(0)
         self._before = self._reader.state_dict()  # the reader's state before the document in hand
         self._number = 0
         self._document: IntArray = np.empty(0, dtype=np.int64)
@@ -74,6 +78,34 @@ class ContextStream:
         self.contexts_served = 0
         self.on_repeat: Callable[[int], None] | None = None
         """Told of the text's tokens when it is about to be read for the second time."""
+
+    def _reading(self, epoch: int) -> DocumentReader | ReadAhead:
+        reader = self._documents.read(epoch)
+        return reader if self._processes is None else ReadAhead(reader, self._processes)
+
+    def tokenize_ahead(self, count: int, option: str) -> None:
+        """From here on, ``count`` processes tokenize texts before they are asked for; :meth:`close` ends them.
+
+        :class:`ConfigError` names the ``option`` where they cannot.
+        """
+        first = self._documents.first
+        if first is not None and not isinstance(first, str):
+            raise ConfigError([(option, f"is {count}, but the dataset holds token ids: nothing is to be tokenized. "
+                                "Set it to 0")])  # fmt: skip
+        if not (isinstance(self._tokenize, DocumentIds) and self._tokenize.elsewhere):
+            raise ConfigError(
+                [(option, f"is {count}, but the model's backend does not say that its tokenizer can work in another "
+                  "process (saekit.abilities.TokenizesElsewhere). Set it to 0")]
+            )  # fmt: skip
+        self._processes = TokenizingProcesses(self._tokenize, count, option)
+        state = self._reader.state_dict()
+        self._reader = self._reading(self._epoch)
+        self._reader.load_state_dict(state)
+
+    def close(self) -> None:
+        """End the processes that tokenize, if there are any; no more can be taken then."""
+        if self._processes is not None:
+            self._processes.close()
 
     def take(self, n: int) -> Contexts:
         """The next ``n`` contexts, or what is left."""
@@ -129,7 +161,7 @@ class ContextStream:
             if len(self._document):
                 return True
 
-    def _hold(self, number: int, document: Document, offset: int = 0) -> None:
+    def _hold(self, number: int, document: Document | Ids, offset: int = 0) -> None:
         tokens = self._checked(document, number)
         self._number, self._document, self._offset = number, tokens, offset
         self._counts = document.counts if isinstance(document, Masked) else None
@@ -171,7 +203,7 @@ class ContextStream:
         if not self._epoch and self.on_repeat is not None:
             self.on_repeat(self._packed_tokens)
         self._epoch, self._tokens_this_epoch = self._epoch + 1, 0
-        self._reader = self._documents.read(self._epoch)
+        self._reader = self._reading(self._epoch)
         self._before = self._reader.state_dict()
         self._put_down()  # so that the state is one of this reading
         return True
@@ -202,8 +234,8 @@ class ContextStream:
         contexts = self.contexts_served + len(self._ready)
         return contexts * self.policy.context_size + len(self._packer.state_dict()["tokens"])
 
-    def _checked(self, document: Document, number: int) -> IntArray:
-        if isinstance(document, (str, Conversation)):
+    def _checked(self, document: Document | Ids, number: int) -> IntArray:
+        if isinstance(document, (str, Conversation, Ids)):
             ids = self._tokenized(document, number)
         else:
             ids = document.tokens if isinstance(document, Masked) else document
@@ -216,9 +248,9 @@ class ContextStream:
             )
         return tokens
 
-    def _tokenized(self, document: str | Conversation, number: int) -> Sequence[int]:
+    def _tokenized(self, document: str | Conversation | Ids, number: int) -> Sequence[int]:
         try:
-            return self._tokenize(document)
+            return document.get() if isinstance(document, Ids) else self._tokenize(document)
         except DataError as error:
             raise DataError(f"document {number}: {error}") from error
 
@@ -268,7 +300,7 @@ class ContextStream:
         ):
             raise ValueError(f"the contexts that wait in a saved state are not of {self.policy.context_size} token ids")
         self._documents = self._documents.dealt_anew(checked_before(state.get("dealt", ())))
-        self._reader = self._documents.read(state["epoch"])
+        self._reader = self._reading(state["epoch"])
         self._reader.load_state_dict(state["reader"])
         self._before, self._joins = state["reader"], False
         self._inherited = []

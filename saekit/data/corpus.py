@@ -9,11 +9,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import HasTokenizer
+from saekit.abilities import HasTokenizer, TokenizesElsewhere
 from saekit.config import DatasetConfig, EvalsConfig
-from saekit.data.chats import Tokenize, chat_tokenizer
+from saekit.data.chats import DocumentIds, Tokenize, chat_tokenizer
 from saekit.data.contexts import ContextStream
-from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.packer import TokenPolicy
@@ -74,25 +73,19 @@ class Corpus:
         config = attrs.evolve(self.config, chat_template=self.chats)
         return Documents.open(config, **{"dataset": self.dataset, "mask": self.mask, **chosen})
 
-    def tokenize(self, backend: ModelBackend) -> Tokenize:
+    def tokenize(self, backend: ModelBackend) -> DocumentIds:
         """A document that is no list of token ids as such, by the tokenizer of a model."""
         tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
-        return self.tokenize_by(backend.tokenize, tokenizer, f"the model {backend.name!r}")
+        elsewhere = backend.tokenizing() if isinstance(backend, TokenizesElsewhere) else None
+        ids = self.tokenize_by(elsewhere or backend.tokenize, tokenizer, f"the model {backend.name!r}")
+        return attrs.evolve(ids, elsewhere=elsewhere is not None)
 
-    def tokenize_by(self, texts: Callable[[str], Sequence[int]], tokenizer: Any, of: str) -> Tokenize:
+    def tokenize_by(self, texts: Callable[[str], Sequence[int]], tokenizer: Any, of: str) -> DocumentIds:
         """The same, by what makes ids of ``texts``, and the ``tokenizer`` of a Hugging Face model for conversations.
 
         :class:`ConfigError` where there are conversations, and no template.
         """
-        chats = chat_tokenizer(tokenizer, self.chats, of) if self.chats else None
-
-        def ids(document: str | Conversation) -> Sequence[int]:
-            if isinstance(document, str):
-                return texts(document)
-            assert chats is not None  # none are read without a template
-            return chats(document)
-
-        return ids
+        return DocumentIds(texts, chat_tokenizer(tokenizer, self.chats, of) if self.chats else None)
 
     def stream(
         self,

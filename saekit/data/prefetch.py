@@ -36,7 +36,8 @@ class Prefetched(Generic[T]):
         self._changed = threading.Condition()
         self._made: deque[tuple[T, dict[str, Any]]] = deque()
         self._failure: BaseException | None = None  # StopIteration too
-        self._stopping = False
+        self._stopping = self._awaited = False
+        self._ahead: int | None = None  # how many items may lie ready, where that is fewer than the depth
         self._thread: threading.Thread | None = None
         self._state: dict[str, Any] | None = None  # None: nothing was handed out, ask the stage
 
@@ -44,10 +45,20 @@ class Prefetched(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        self._start()
+        return self.next_of(None)
+
+    def next_of(self, ahead: int | None) -> T:
+        """The next item; until another is asked for, no more than ``ahead`` are made after it, whatever the depth."""
         with self._changed:
-            self._changed.wait_for(lambda: self._made or self._failure is not None)
-            return self._hand_out()
+            self._ahead, self._awaited = ahead, True
+            self._changed.notify_all()
+        try:
+            self._start()
+            with self._changed:
+                self._changed.wait_for(lambda: self._made or self._failure is not None)
+                return self._hand_out()
+        finally:
+            self._awaited = False
 
     def available(self) -> bool:
         """Whether the next item, the end or an error is there without waiting.  Starts the thread."""
@@ -65,6 +76,12 @@ class Prefetched(Generic[T]):
         self._changed.notify_all()
         return item
 
+    @property
+    def _room(self) -> bool:
+        """Whether one more may be made."""
+        most = self._depth if self._ahead is None else min(self._ahead + self._awaited, self._depth)
+        return len(self._made) < most
+
     def _start(self) -> None:
         if self._stopping and self._thread is not None:  # closing it was interrupted
             self.close()
@@ -79,7 +96,7 @@ class Prefetched(Generic[T]):
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._stopping or len(self._made) < self._depth)
+                self._changed.wait_for(lambda: self._stopping or self._room)
                 if self._stopping:
                     return
             try:

@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.abilities import HasMemory, HasTokenizer
+from saekit.abilities import HasMemory, HasTokenizer, TokenizesElsewhere
 from saekit.protocols import ModelBackend
 from saekit.values import Forward, Replacement, Want
 
@@ -124,6 +124,8 @@ class ForwardsReader:
         self._taken: list[_Key] = []
         if isinstance(backend, HasTokenizer):  # what it can do beside the rest, this can, and no more
             self.tokenizer = backend.tokenizer
+        if isinstance(backend, TokenizesElsewhere):
+            self.tokenizing = backend.tokenizing
         if isinstance(backend, HasMemory):
             self.memory_bytes = backend.memory_bytes
 

@@ -62,6 +62,7 @@ class StreamContext:
         processes: int = 1,
         open_own: Callable[[], ContextStream] | None = None,
         readers: Group | None = None,
+        left: Callable[[], int | None] = lambda: None,
     ) -> None:
         self.backend = backend
         self.choice = choice or TokenChoice()
@@ -94,6 +95,9 @@ class StreamContext:
         self.differs = differs
         """To be told, in words, where rows that were computed again are not those that were saved; the caller goes on
         with the new ones when this returns."""
+        self.left = left
+        """Rows that are still to be taken, by all processes together; None: that is not known.  A source may do without
+        what nobody will take, and must serve the same rows."""
         self._open_contexts, self._find_identity, self._open_own = open_contexts, find_identity, open_own
 
     @cached_property

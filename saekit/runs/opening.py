@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -42,6 +43,7 @@ __all__ = [
     "check_hooks",
     "check_start_widths",
     "checked_ports",
+    "loading_text",
     "open_backend",
     "open_source",
     "open_stream",
@@ -82,6 +84,13 @@ def open_backend(
         lambda: token_choice(config.tokens, backend),
     )
     return backend
+
+
+def loading_text(config: TrainConfig, plugins: PluginManager) -> str:
+    """What is done by :func:`open_backend`, in words: the first time, most of it may be to import a library."""
+    needed = plugins.find(MODEL_BACKENDS, config.model.backend).entry.requires
+    first = [name for name in needed if name not in sys.modules]
+    return (f"importing {', '.join(first)} and " if first else "") + f"loading the model {config.model.name}"
 
 
 def build_backend(config: TrainConfig, plugins: PluginManager, model: object | None) -> ModelBackend:
@@ -136,13 +145,13 @@ def open_stream(
     doubt: Callable[[str], None] = warn_of,
     say: Say = lambda text: None,
     differs: Callable[[str], None] = refuse_other_rows,
+    left: Callable[[], int | None] = lambda: None,
 ) -> StreamContext:
     """What activations are made from; ``beside`` is another stream that runs the same model.
 
     ``doubt`` is told, in words, what looks wrong with the text, ``say`` what takes long, and ``differs`` where rows of
-    a checkpoint do not come out as they did.
+    a checkpoint do not come out as they did; ``left`` tells how many rows are still to be taken.
     """
-
     there, column = has_model(config, plugins), world.column
     corpus = attrs.evolve(corpus, mask=config.tokens.mask_column)
     if there:
@@ -182,6 +191,7 @@ def open_stream(
         processes=column.size,
         open_own=partial(open_contexts, (column.rank, column.size)),
         readers=world.saes,
+        left=left,
     )
 
 

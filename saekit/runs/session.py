@@ -21,7 +21,6 @@ from saekit.distributed.batches import SpreadSource, shares_rows, taken_over
 from saekit.distributed.launched import check_features
 from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
-from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ActivationSource, Eval
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
@@ -31,6 +30,7 @@ from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import (
     check_start_widths,
     checked_ports,
+    loading_text,
     open_backend,
     open_source,
     open_stream,
@@ -43,13 +43,13 @@ from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.randomness import random_state, set_random_state
 from saekit.runs.setup import give_weights, looks_ahead, make_trainer, sae_options
 from saekit.runs.spreading import check_spreads, doubts_of_measuring
-from saekit.runs.sweep import check_together, spelled_out
+from saekit.runs.sweep import check_together, lane_key
 from saekit.runs.waiting import metrics_of, metrics_state
 from saekit.sae.module import SAEModule
 from saekit.site import Site
 from saekit.status import Say, Status
 from saekit.training.elsewhere import Elsewhere, dealt_out
-from saekit.training.loop import Lane
+from saekit.training.loop import Lane, rows_left
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram, Ports
 
@@ -123,7 +123,7 @@ class Session:
         self.has_model = has_model(first, plugins)
         """Whether there is a language model; of those of a session, all or none have it."""
         if self.has_model:
-            self.say(f"loading the model {first.model.name}" if model is None else "looking at the model")
+            self.say(loading_text(first, plugins) if model is None else "looking at the model")
         self.backend = open_backend(first, self.corpus, plugins, model, sites_by_option(configs.values()))
         self._held_out: dict[tuple[int, int, str | None], tuple[Tensor, Tensor | None]] = {}
         self.say("reading the text" if self.has_model else "opening the activation source")
@@ -149,7 +149,7 @@ class Session:
         """A lane for all SAEs that can train on the very same batches."""
         groups: dict[str, list[str]] = {}
         for name, config in configs.items():
-            groups.setdefault(self._lane_key(config), []).append(name)
+            groups.setdefault(lane_key(config, self.plugins), []).append(name)
         shared = SharedForwards(self.backend) if len(groups) > 1 else None
         releases = [self._open_stream([configs[name] for name in names], shared) for names in groups.values()]
         members, ports = dict[str, Member](), dict[str, Ports]()
@@ -189,17 +189,17 @@ class Session:
         """Add the stream of a lane; what is returned says that the lane needs no more of ``shared``."""
         sites = list(dict.fromkeys(site for config in configs for site in config.sites.all))
         reader = None if shared is None else shared.reader({site.hook_name for site in sites})
-        beside = next(iter(self._streams), None)
         stream = open_stream(
             configs[0],
             self.corpus,
             self.plugins,
             reader or self.backend,
             sites,
-            beside=beside,
+            beside=next(iter(self._streams), None),
             world=self.world,
             say=lambda text: self.say(text),
             differs=self.other_rows.append,
+            left=functools.partial(rows_left, self.lanes, len(self._streams)),
             doubt=warn_of if self.world.main else _pass_over,  # each would count its own part of the text
         )
         self._streams.append(stream)
@@ -235,13 +235,6 @@ class Session:
         held_out = functools.partial(self.held_out, config)
         evals = make_evals(config, self.plugins, self.backend, held_out, trainer.device, name)
         return Member(name, config, trainer, evals, prepared.start)
-
-    def _lane_key(self, config: TrainConfig) -> str:
-        """What decides the batches, among configurations that share a model and a text."""
-        source = self.plugins.bound(ACTIVATION_SOURCES, config.activations.source)
-        options = spelled_out(source.options, self.plugins)
-        chosen = config.tokens if config.tokens.chooses else None
-        return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen))
 
     def held_out(self, config: TrainConfig) -> Tensor | None:
         """``[n, context_size]`` token ids that training never sees, if ``config`` measures anything."""

@@ -18,6 +18,7 @@ from saekit.config.values import plain, too_nested
 from saekit.errors import ConfigError
 from saekit.files.names import SWEEP_FILES, is_plain_name
 from saekit.files.paths import as_path
+from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.site import Site
 
@@ -25,6 +26,7 @@ __all__ = [
     "changed_options",
     "check_together",
     "grid",
+    "lane_key",
     "member_names",
     "short_names",
     "spelled_out",
@@ -93,6 +95,14 @@ def spelled_out(
         else:
             found[path] = table[field.name]
     return found
+
+
+def lane_key(config: TrainConfig, plugins: PluginManager) -> str:
+    """What decides the batches, among configurations that share a model and a text."""
+    source = plugins.bound(ACTIVATION_SOURCES, config.activations.source)
+    options = spelled_out(source.options, plugins)
+    chosen = config.tokens if config.tokens.chooses else None
+    return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen))
 
 
 def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ from saekit.training.elsewhere import Elsewhere, told_by_all
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
-__all__ = ["Lane", "Observer", "fit"]
+__all__ = ["Lane", "Observer", "fit", "rows_left"]
 
 
 @attrs.define
@@ -53,6 +53,13 @@ class Observer(Protocol):
 
     def after_batch(self) -> None:
         """When every SAE has seen the batch, so that all are between two steps."""
+
+
+def rows_left(lanes: Sequence[Lane], number: int) -> int | None:
+    """Rows that the SAEs of the lane ``number`` have still to see; None: it has none of them yet."""
+    trainers = lanes[number].trainers if number < len(lanes) else []
+    left = [0 if one.finished else one.training.total_tokens - one.tokens for one in trainers]
+    return max(left, default=None)
 
 
 def fit(lanes: Sequence[Lane], observers: Sequence[Observer] = ()) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
+import time
 import warnings
 from collections.abc import Collection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -99,6 +102,46 @@ def test_prefetching_changes_no_batch() -> None:
     assert threads()
     ahead.close()
     assert not threads()
+
+
+@pytest.mark.parametrize("batches", [1, 2, 5, 6, 11])
+def test_nobody_waits_for_forwards_that_nobody_takes(batches: int) -> None:
+    """Where it is known how many rows a run takes, the thread makes those forwards that the caller alone would make."""
+    plain, stream = stream_of(repeat=True), stream_of(repeat=True)
+    taken = 0
+    stream.left = lambda: (batches - taken) * stream.batch_size - 7  # the last batch is thinned
+    one, two = source(plain), source(stream, prefetch=True)
+    for _ in range(batches):
+        assert torch.equal(next(one).activations[SITE], next(two).activations[SITE])
+        taken += 1
+    time.sleep(0.1)  # for what it must not begin
+    assert isinstance(plain.backend, FakeBackend)
+    assert isinstance(stream.backend, FakeBackend)
+    assert len(stream.backend.forwards) == len(plain.backend.forwards)
+    two.close()
+
+
+def test_a_run_makes_no_forwards_ahead_that_it_does_not_take(tmp_path: Path) -> None:
+    """Of SAEs of other lengths, the longest counts: a filling, and one more when half of it is served."""
+    backend = FakeBackend()
+    plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: backend), builtins=True)
+    config = run_config(tmp_path, model={"backend": "test:fake"}, evals={"run": []})
+    config["site"] = {"hook_name": SITE.hook_name}
+    configs = [{**config, "training": {**config["training"], "training_tokens": n}} for n in (500, 1500)]
+    saekit.train(configs, plugins=plugins)
+    assert backend.forwards.count((8, 32)) == 4 + 3, "of 256 rows, as the 6 batches"
+
+
+def test_filling_that_takes_long_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fewer words as it goes on; and of the first filling alone, others happen while the SAE trains."""
+    seconds = itertools.count()
+    monkeypatch.setattr("saekit_plugins.sources.live.time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    stream, said = stream_of(), list[str]()
+    stream.say = said.append
+    live = source(stream, n_batches_in_buffer=12)
+    for _ in live:
+        pass
+    assert said == [f"filling the buffer, {n} of 384 activations" for n in (32, 96, 224)]
 
 
 def test_a_look_uses_nothing_up() -> None:

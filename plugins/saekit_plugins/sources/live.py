@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from saekit.data import ShuffleBuffer, StreamContext
 
+_SECONDS_BEFORE_A_WORD = 2.0
 _positive = check(lambda value: value >= 1, "1 or more", most=2**24)
 
 
@@ -35,6 +37,9 @@ class LiveConfig:
     prefetch: bool = True
     """Run the model in a background thread while the SAE trains.  The batches are the same.  Where the SAEs of a sweep
     are laid out over processes (`distributed.saes`), these run it together instead, each a part, between two steps."""
+    tokenize_processes: int = attrs.field(default=0, validator=check(lambda value: value >= 0, "0 or more", most=256))
+    """Processes that tokenize texts before the model needs them.  The batches are the same.  0: none, the thread that
+    runs the model tokenizes."""
 
 
 class LiveSource:
@@ -78,8 +83,11 @@ class LiveSource:
         self._prefetched = Prefetched(self._model, depth) if ahead else None
         self._rows_ahead = (depth if ahead else readers if readers > 1 else 0) * self._rows_per_forward
         self._forwards: Any = self._prefetched or self._model
+        self._least = max(stream.batch_size, self._capacity // 2)  # with fewer rows, the buffer is filled up
         self._made: ShuffleBuffer | None = None
         self._ended = False
+        if config.tokenize_processes:
+            stream.contexts.tokenize_ahead(config.tokenize_processes, "activations.source.tokenize_processes")
         self._shuffled: Any = (self._model.state_dict(), False)  # how far the text was read at the last shuffle
 
     @property
@@ -136,9 +144,9 @@ class LiveSource:
 
     def __next__(self) -> Batch:
         wanted, buffer = self._stream.batch_size, self._buffer
-        if buffer.filled < max(wanted, buffer.capacity // 2):
+        if buffer.filled < self._least:
             self._refill()
-        elif self._prefetched is not None:
+        elif self._prefetched is not None and self._to_come() != 0:
             # What the thread has made goes to slots that came free, to be mixed in at the next refill.
             while not self._ended and buffer.free >= self._rows_per_forward and self._prefetched.available():
                 self._add()
@@ -159,15 +167,38 @@ class LiveSource:
         return {site: values[shown.to(values.device)] for site, values in rows.items()}
 
     def _refill(self) -> None:
+        start = time.monotonic()
+        next_word = _SECONDS_BEFORE_A_WORD if self._buffer.free == self._capacity else math.inf
         while not self._ended and self._buffer.free >= self._rows_per_forward:
+            if (seconds := time.monotonic() - start) >= next_word:  # the first filling is long, and so told of
+                next_word = 2 * seconds
+                self._stream.say(f"filling the buffer, {self._buffer.waiting:,} of {self._capacity:,} activations")
             self._add()
         if self._buffer.waiting:
             self._buffer.shuffle()
         self._shuffled = (self._forwards.state_dict(), self._ended)
 
+    def _to_come(self) -> int | None:
+        """Forwards still needed for what is still to be taken; None: more than are made ahead, or that is not known."""
+        if (left := self._stream.left()) is None or self._prefetched is None:
+            return None
+        rows, filled, free = -(-left // self._stream.processes), self._buffer.filled, self._buffer.free
+        wanted, size, found = self._stream.batch_size, self._rows_per_forward, 0
+        while (batches := max((filled - self._least) // wanted + 1, 0)) * wanted < rows:
+            rows, free = rows - batches * wanted, free + batches * wanted
+            found, free = found + free // size, free % size
+            filled = self._capacity - free
+            if found * size > self._rows_ahead + size or filled < self._least:
+                return None
+        return found
+
     def _add(self) -> None:
-        rows = next(self._forwards, None)
-        if rows is None:
+        """One forward; the thread makes no others ahead than are still needed."""
+        to_come = self._to_come()
+        ahead = None if to_come is None else max(to_come - 1, 0)
+        try:
+            rows = next(self._model) if self._prefetched is None else self._prefetched.next_of(ahead)
+        except StopIteration:
             self._ended = True
         else:
             self._buffer.add(rows)
@@ -215,6 +246,7 @@ class LiveSource:
 
     def close(self) -> None:
         self.pause()
+        self._stream.contexts.close()
 
 
 @hookimpl

@@ -28,9 +28,9 @@ from torch import Tensor
 
 import saekit
 import saekit.kernels.screen
-from saekit.config import SAEConfig, TrainingConfig
+from saekit.config import SAEConfig
+from saekit.runs.benching import encoder_product, resting_trainer
 from saekit.sae.build import build_module
-from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.trainer import SAETrainer
 
@@ -71,14 +71,8 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
                 parameter.copy_(weights["b_enc"] * (name == "b_mag"))
             else:
                 parameter.copy_(weights["b_enc" if name == "b_gate" else name])
-    training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
     build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
-    return SAETrainer(
-        name="bench", sae=sae, sites=saekit.Sites.one(saekit.Site()),
-        training=training, generator=torch.Generator(), device="cpu",
-        optimizer=ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7),
-        firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
-    )  # fmt: skip
+    return resting_trainer(sae, ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7))
 
 
 def with_screen(on: bool, work: Callable[[], object]) -> Step:
@@ -98,9 +92,7 @@ def case(work: Step) -> Callable[[], int]:
 
 
 def product(weights: Mapping[str, Tensor], x: Tensor) -> Step:
-    out = torch.empty(len(x), weights["W_enc"].shape[1])
-    turned = weights["W_enc"].T.contiguous()
-    return lambda: torch.mm(x, turned.T, out=out)
+    return encoder_product(x, weights["W_enc"].T.contiguous())
 
 
 def own_steps(kind: str, weights: Mapping[str, Tensor], x: Tensor, dense: bool) -> dict[str, Step]:

@@ -43,7 +43,7 @@ _MOST, _LEAST = 4096, 256  # rows of a batch
 _L0, _K = 48, 32  # features of a row, of architectures that leave it open and of those that have a `k`
 _STEP, _PLAIN, _USE = 3.0, 12.0, 2.5  # what a step, one in plain torch, and each use takes at most, in products
 _RATE = 1e-7  # of learning: so that what is active stays active
-_SMALL = (16, 64)
+_HALVINGS = 24  # until as many features are active
 _SHARE = 0.7  # of the time that is given: what may be foreseen to be needed
 
 
@@ -143,8 +143,9 @@ def time_machine(bench: Bench, plugins: PluginManager, say: Callable[[str], obje
             (item, size): _config(item, size, device, plugins) for item in items for size in dict.fromkeys(bench.sizes)
         }
         try:
-            for item in items:  # what it refuses, before anything takes long
-                _made(item, _config(item, _SMALL, device, plugins), _SMALL[0], plugins)
+            for (item, size), config in configs.items():  # what is refused, before anything takes long
+                _rows_for(size, device)
+                _made(item, config, size[0], plugins)
             found = [*_all(bench, configs, device, plugins, say)]
         finally:
             SHARED.release()
@@ -311,16 +312,24 @@ def _without_gradients(call: Callable[[], object]) -> None:
 
 @torch.no_grad()
 def _leave_active(sae: SAEModule, rows: Tensor) -> None:
-    """Late in training few features are active.  Where more are at the start, lower what they are made of, evenly."""
-    found = len(sae.encode_sparse(rows).values) / len(rows)
-    if found <= _L0:
+    """Late in training few features are active.  Where more are at the start, or none, shift what they are made of."""
+
+    def active() -> float:
+        return len(sae.encode_sparse(rows).values) / len(rows)
+
+    wanted, found = min(_L0, sae.d_sae / 2), active()
+    if 0 < found <= wanted:
         return
-    try:
-        pre = sae.pre_activations(rows).flatten()
-        least = pre.topk(min(_L0 * len(rows), len(pre))).values[-1]
-        sae.shift_pre_activations(-least.expand(sae.d_sae))
-    except (NotImplementedError, AttributeError):  # it has none: it is timed as it is
-        return
+    with contextlib.suppress(NotImplementedError, AttributeError):  # of one that has none, as it is
+        high = float(sae.pre_activations(rows).abs().max()) + 1.0
+        low, at = -high, 0.0
+        for _ in range(_HALVINGS):
+            middle = (low + high) / 2
+            sae.shift_pre_activations(torch.full((sae.d_sae,), middle - at, device=rows.device))
+            at, found = middle, active()
+            if abs(found - wanted) <= 0.02 * wanted:
+                return
+            low, high = (low, middle) if found > wanted else (middle, high)
 
 
 def _others(item: Registered, sae: SAEModule, plugins: PluginManager) -> list[str]:

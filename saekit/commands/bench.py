@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["bench", "show_machine", "size_of"]
 
+_BUSY = 0.3  # of the processors, at work for others, which changes what is measured
+
 
 def bench(asked: Bench | None = None, *, plugins: PluginManager | None = None, verbose: bool = True) -> Found:
     """Time what is asked for; see :class:`saekit.runs.benching.Bench`."""
@@ -46,6 +48,8 @@ def show_machine(found: Found, console: Console) -> None:
         console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     line(found.machine.name)
+    if found.busy is not None and found.busy > _BUSY * found.machine.cores:
+        line(f"other programs were at work when it began (load {found.busy:.1f}): times may be too long")
     names = _names(found.timed)
     for size, timed in _by_size(found.timed).items():
         first = timed[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -41,10 +42,11 @@ __all__ = ["Bench", "Found", "Timed", "encoder_product", "resting_trainer", "tim
 
 _MOST, _LEAST = 4096, 256  # rows of a batch
 _L0, _K = 48, 32  # features of a row, of architectures that leave it open and of those that have a `k`
-_STEP, _PLAIN, _USE = 3.0, 12.0, 2.5  # what a step, one in plain torch, and each use takes at most, in products
+_STEP, _PLAIN, _USE = 2.0, 11.0, 1.7  # about what a step, one in plain torch, and each use takes, in products
 _RATE = 1e-7  # of learning: so that what is active stays active
 _HALVINGS = 24  # until as many features are active
-_SHARE = 0.7  # of the time that is given: what may be foreseen to be needed
+_FEW = 32  # rows on which these are counted again and again
+_SHARE = 0.8  # of the time that is given: what may be foreseen to be needed
 
 
 def _sizes(_: object, attribute: object, value: Sequence[tuple[int, int]]) -> None:
@@ -66,7 +68,7 @@ class Bench:
     sizes: tuple[tuple[int, int], ...] = attrs.field(default=((512, 4096), (768, 24576)), validator=_sizes)
     """Widths and numbers of features."""
     device: str = "auto"
-    seconds: float = attrs.field(default=90.0, validator=_seconds)
+    seconds: float = attrs.field(default=100.0, validator=_seconds)
     """About what all of it may take.  With less, batches are smaller and calls fewer."""
     rows: int = attrs.field(default=_MOST, validator=a_size)
     """Of a batch, at most."""
@@ -121,11 +123,13 @@ class Found:
     machine: Machine
     device: str
     timed: Sequence[Timed]
+    busy: float | None
+    """Programs that were at work beside it in the minute before; None: the system does not tell."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         rows = [one.to_dict() for one in self.timed]
-        return {"machine": self.machine.to_dict(), "device": self.device, "rows": rows}
+        return {"machine": self.machine.to_dict(), "device": self.device, "busy": self.busy, "rows": rows}
 
 
 def time_machine(bench: Bench, plugins: PluginManager, say: Callable[[str], object] = lambda doing: None) -> Found:
@@ -134,6 +138,7 @@ def time_machine(bench: Bench, plugins: PluginManager, say: Callable[[str], obje
     :class:`ConfigError` for what cannot be: an unknown architecture, one that is not trained or not on one site, a
     device that is not there, a size that memory does not hold.
     """
+    busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with ambient():
         device = resolve_device(bench.device, "device")
         items = [plugins.get(SAE_ARCHITECTURES, key) for key in dict.fromkeys(bench.architectures)]
@@ -149,7 +154,7 @@ def time_machine(bench: Bench, plugins: PluginManager, say: Callable[[str], obje
             found = [*_all(bench, configs, device, plugins, say)]
         finally:
             SHARED.release()
-        return Found(machine=this_machine(device), device=device, timed=found)
+        return Found(machine=this_machine(device), device=device, timed=found, busy=busy)
 
 
 def _all(
@@ -254,7 +259,7 @@ def _timed(
     plugins: PluginManager,
 ) -> Timed:
     """In about ``seconds``."""
-    device = str(x.device)
+    device, ends = str(x.device), time.perf_counter() + seconds
     sae = _made(item, config, size[0], plugins)
     with blamed(item, "while it was timed", at_work=True):
         initialize(sae, torch.Generator().manual_seed(0), x[:_LEAST].cpu())
@@ -263,27 +268,29 @@ def _timed(
         trainer = resting_trainer(
             sae, make_optimizer(config, plugins, sae, lambda step: _RATE), config.training, device
         )
-        ends = time.perf_counter() + seconds
-        parts = {"step": _STEP, "use": 3 * _USE, "plain": _PLAIN}
+        seen: list[Mapping[str, Any]] = []
 
         def timed(work: Callable[[], object], part: float, of: float) -> float:
             budget = max(ends - time.perf_counter(), 0.0) * part / of
             return least_seconds(work, device, most=100, budget=budget)
 
         path, why = trainer.step_path(), trainer.why_reference()
-        l0 = float(trainer.train_on(x).get("metrics/l0", math.nan))  # type: ignore[arg-type]
-        step = timed(lambda: trainer.train_on(x), parts["step"], sum(parts.values()))
         uses: dict[str, float] = {}
+        step = timed(lambda: seen.append(trainer.train_on(x)), _STEP, _STEP + 3 * _USE + _PLAIN)
         for number, (name, use) in enumerate(_uses(sae, x).items()):
-            left = (3 - number) * _USE
-            uses[name] = timed(use, _USE, left + _PLAIN)
+            uses[name] = timed(use, _USE, (3 - number) * _USE + _PLAIN)
         if_fast, plain = _by(trainer, "fast", trainer.why_reference), step
         if why is None:
             plain = _by(trainer, "reference", lambda: timed(lambda: trainer.train_on(x), 1, 1))
     return Timed(
-        architecture=item.key, d_in=size[0], d_sae=sae.d_sae, rows=len(x), product=product, l0=l0, step=step,
+        architecture=item.key, d_in=size[0], d_sae=sae.d_sae, rows=len(x), product=product, step=step,
+        l0=_number(seen[0].get("metrics/l0")),
         plain=plain, uses=uses, path=path, why_plain=why, if_fast=if_fast, others=_others(item, sae, plugins),
     )  # fmt: skip
+
+
+def _number(found: object) -> float:
+    return found if isinstance(found, float) else math.nan
 
 
 def _by(trainer: SAETrainer, kernels: Any, work: Callable[[], Any]) -> Any:
@@ -314,22 +321,24 @@ def _without_gradients(call: Callable[[], object]) -> None:
 def _leave_active(sae: SAEModule, rows: Tensor) -> None:
     """Late in training few features are active.  Where more are at the start, or none, shift what they are made of."""
 
-    def active() -> float:
-        return len(sae.encode_sparse(rows).values) / len(rows)
+    def active(some: Tensor) -> float:
+        return len(sae.encode_sparse(some).values) / len(some)
 
-    wanted, found = min(_L0, sae.d_sae / 2), active()
+    wanted, found = min(_L0, sae.d_sae / 2), active(rows)
     if 0 < found <= wanted:
         return
+    few, at = rows[:_FEW], 0.0
     with contextlib.suppress(NotImplementedError, AttributeError):  # of one that has none, as it is
-        high = float(sae.pre_activations(rows).abs().max()) + 1.0
-        low, at = -high, 0.0
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
+        pre = sae.pre_activations(rows)
+        high = float(pre.abs().max()) + 1.0  # as a threshold may be
+        low, middle = -high, -float(pre.flatten().topk(int(wanted * len(rows))).values[-1])
+        for number in range(_HALVINGS):
             sae.shift_pre_activations(torch.full((sae.d_sae,), middle - at, device=rows.device))
-            at, found = middle, active()
-            if abs(found - wanted) <= 0.02 * wanted:
+            at, found = middle, active(few if number else rows)
+            if abs(found - wanted) <= 0.05 * wanted:
                 return
             low, high = (low, middle) if found > wanted else (middle, high)
+            middle = (low + high) / 2
 
 
 def _others(item: Registered, sae: SAEModule, plugins: PluginManager) -> list[str]:

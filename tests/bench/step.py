@@ -15,6 +15,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import figures
 import torch
 from common import BATCH, Times
 from peers import PARTS, K, Step, missing, peer_inference, peer_steps, version
@@ -135,7 +136,7 @@ def compared(title: str, steps: Mapping[str, Step], mm1: Step, base: str | None,
     for work in steps.values():  # buffers are made, and Adam's moments
         work()
     times = Times({"mm1": case(mm1), **{name: case(work) for name, work in steps.items()}}, rounds)
-    times.table("mm1")
+    times.table("mm1", title, base)
     for name in steps if base else ():
         if name.startswith("saekit") and "reference" not in name:
             print(f"  {base} / {name} = {times.ratio(str(base), name):.2f}", flush=True)
@@ -149,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked: Any = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    print(f"not installed, left out: {', '.join(missing()) or 'nothing'}")
+    figures.missing(*missing())
     own = f"sae-lens {version('sae-lens')}"
     for size in asked.size:
         d_in, d_sae = SIZES[size]
@@ -158,7 +159,7 @@ def main() -> None:
             kind = {"dense": "standard", "inference": "standard"}.get(name, name)
             weights = shared_weights(d_in, d_sae, x, {"standard": L0, "inference": L0, "gated": L0}.get(name))
             mm1 = product(weights, x)
-            title = f"{d_in} -> {d_sae}, batch {BATCH}, {name}"
+            title = f"{d_in:,} → {d_sae:,}, {name}"
             if name == "inference":
                 peers, steps = peer_inference(kind, weights, x), own_inference(kind, weights, x)
             else:

@@ -36,8 +36,8 @@ def found(device: str) -> Found:
     return bench(Bench(device=device, **SMALL), verbose=False)
 
 
-def shown(found: Found) -> str:
-    out = io.StringIO()
+def shown(found: Found, busy: float | None = None) -> str:
+    out, found = io.StringIO(), attrs.evolve(found, busy=busy)
     show_machine(found, Console(file=out, width=300))
     return out.getvalue()
 
@@ -56,7 +56,7 @@ def test_each_architecture_is_timed_in_each_size(found: Found) -> None:
 
 def test_as_many_features_are_active_as_late_in_training(found: Found) -> None:
     for one in found.timed:
-        assert one.l0 == pytest.approx({"saekit:standard": 48}.get(one.architecture, 32), rel=0.05)
+        assert one.l0 == pytest.approx({"saekit:standard": 48}.get(one.architecture, 32), rel=0.06)
 
 
 def test_features_that_begin_above_zero_are_left_active_too() -> None:
@@ -127,6 +127,9 @@ def test_a_table_for_people(found: Found) -> None:
     assert [line.split()[0] for line in lines[4:7]] == ["standard", "topk", "batchtopk"]
     one = found.timed[0]
     assert f"({one.step / one.product:.2f})" in lines[4]
+    busy = shown(found, busy=0.5 * found.machine.cores).splitlines()
+    assert busy[1].startswith("other programs were at work when it began (load ")
+    assert [busy[0], *busy[2:]] == lines
 
 
 def test_what_it_says_of_other_ways(found: Found) -> None:
@@ -204,7 +207,7 @@ def test_small_batches_where_there_is_little_time(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(benching, "_a_row", lambda *given: 1e-3)
     asked = Bench(architectures=("topk",), sizes=((8, 64),), device="cpu", seconds=60.0)
     (one,) = bench(asked, verbose=False).timed
-    assert one.rows == 1024  # 33 products of 1.024 s are less than 0.7 of a minute, of 2.048 s more
+    assert one.rows == 1024  # 25 products of 1.024 s are less than 0.8 of a minute, of 2.048 s more
 
 
 def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:

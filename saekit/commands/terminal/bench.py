@@ -37,7 +37,7 @@ def bench(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: where to time.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="About how long it may take; with less, batches are smaller.")] = 90.0,
+    seconds: Annotated[float, typer.Option(help="About how long it may take; with less, batches are smaller.")] = 100.0,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: the numbers instead of the table.")] = False,
 ) -> None:
     """Time steps and inference of SAEs on this machine, and say which way is taken and why.  Needs no model."""

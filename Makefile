@@ -98,17 +98,15 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 # Beside other libraries where they can be installed, in environments of their own; what is not to be had is named and
-# left out.
+# left out, and so is a bench that fails.  About 25 minutes on two cores, beside what setting up takes once.  Tables go into
+# docs/figures/, a page for each machine, and docs/performance.md.  MACHINE="..." calls this machine otherwise; ONLY="step
+# live" runs some of the benches.
 bench: $(STAMP)
-	@python=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || python=$(BIN)/python; \
+	@peers=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || peers=; \
 	if $(MAKE) --no-print-directory $(PEERS)-3/.installed; \
 	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
-	for name in startup gaps shuffle backends tokenizing live cached memory load checkpoint step splice evals end_to_end growth dead_features toy_models; do \
-		echo "== $$name"; $$python -W ignore tests/bench/$$name.py || exit 1; \
-	done; \
-	for name in features tsea dashboard_server processes plan_truth jitter; do \
-		echo "== $$name"; $(BIN)/python -W ignore tests/bench/$$name.py || exit 1; \
-	done
+	$(BIN)/python tests/bench/run_all.py --peers "$$peers" $(if $(MACHINE),--machine "$(MACHINE)") \
+		$(if $(ONLY),--only $(ONLY))
 
 # $(call SAYING,what,command): runs the command, and says every three seconds that it is still at work, since pip is silent
 # for minutes where it unpacks.

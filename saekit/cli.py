@@ -14,6 +14,7 @@ import typer
 
 from saekit._version import __version__
 from saekit.commands.terminal import (
+    bench,
     bench_synthetic,
     cache,
     compare,
@@ -83,6 +84,7 @@ app.command("push", epilog=examples(push.EXAMPLES))(push.push)
 app.command("statistics", epilog=examples(statistics.EXAMPLES))(statistics.statistics)
 app.command("tsea", epilog=examples(tsea.EXAMPLES))(tsea.tsea)
 app.command("watch", epilog=examples(watch.EXAMPLES))(watch.watch)
+app.command("bench", epilog=examples(bench.EXAMPLES))(bench.bench)
 app.command("bench-synthetic", epilog=examples(bench_synthetic.EXAMPLES))(bench_synthetic.bench_synthetic)
 app.add_typer(cache.app, name="cache", epilog=examples(cache.EXAMPLES))
 app.add_typer(export.app, name="export", epilog=examples(export.EXAMPLES))

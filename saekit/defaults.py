@@ -6,7 +6,7 @@ Each is the qualified key of a built-in one, and an option's default: whatever i
 from __future__ import annotations
 
 __all__ = [
-    "ALWAYS_TRACKED", "DEFAULT_ACTIVATION", "DEFAULT_ARCHITECTURE", "DEFAULT_BACKEND", "DEFAULT_EVALS",
+    "ALWAYS_TRACKED", "BENCHED", "DEFAULT_ACTIVATION", "DEFAULT_ARCHITECTURE", "DEFAULT_BACKEND", "DEFAULT_EVALS",
     "DEFAULT_OPTIMIZER", "DEFAULT_SCHEDULE", "DEFAULT_SOURCE", "NO_MODEL", "TOY_SOURCE",
 ]  # fmt: skip
 
@@ -22,3 +22,5 @@ ALWAYS_TRACKED = "saekit:jsonl"
 """The tracker that every run has, whatever others it has: reports read what it writes."""
 NO_MODEL, TOY_SOURCE = "saekit:none", "saekit:toy"
 """The backend and the source of `saekit bench-synthetic`."""
+BENCHED = ("saekit:standard", "saekit:topk", "saekit:batchtopk")
+"""The architectures that `saekit bench` times where nobody names others."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -15,7 +16,9 @@ from saekit.site import Site
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch
 
-__all__ = ["bytes_text", "duration_text", "silent_at_start", "timed", "timed_forwards", "timed_steps"]
+__all__ = [
+    "bytes_text", "duration_text", "least_seconds", "silent_at_start", "timed", "timed_forwards", "timed_steps",
+]  # fmt: skip
 
 _FORWARDS, _STEPS = 4, 3  # the first of each is not counted
 _BARREN = 16  # forwards without a token that counts, after which no more are looked at
@@ -69,11 +72,28 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def timed_steps(trainer: SAETrainer, rows: Batch) -> float:
     """Seconds per step of the real trainer on a full batch."""
     batch = _batch(trainer, rows)
-    times = []
-    for _ in range(min(_STEPS, trainer.training.steps)):
+    return least_seconds(
+        lambda: trainer.train_on(*trainer.rows_of(batch), batch),
+        trainer.device,
+        most=min(_STEPS, trainer.training.steps),
+    )
+
+
+def least_seconds(
+    work: Callable[[], object], device: torch.device | str, *, most: int, budget: float = math.inf
+) -> float:
+    """The least seconds of up to ``most`` calls of ``work``, of which the first counts only where it is the only one.
+
+    No call begins that would end after ``budget`` seconds, if it took as long as the quickest so far.
+    """
+    times: list[float] = []
+    for _ in range(most):
+        if times and sum(times) + min(times) > budget:
+            break
+        synchronize(device)
         start = time.perf_counter()
-        trainer.train_on(*trainer.rows_of(batch), batch)
-        synchronize(trainer.device)
+        work()
+        synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
 

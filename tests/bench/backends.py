@@ -83,11 +83,10 @@ def main() -> None:
                 held = [one.run(tokens, read={hook}).held[hook] for one in both.values()
                         for hook in [one.hook_like(SITE)]]  # fmt: skip
                 difference = float((held[0] - held[1]).abs().max())
-                print(
-                    f"{family}, d_model {width}, contexts of {context}: activations differ by {difference:.1e} at most"
-                )
+                title = f"{family}, d_model {width}, contexts of {context}"
+                print(f"{title}: activations differ by {difference:.1e} at most")
                 cases = {key: forward_case(one, tokens, 2 if width > 128 else 8) for key, one in both.items()}
-                Times(cases, options.rounds).table("AutoModelForCausalLM")
+                Times(cases, options.rounds).table("AutoModelForCausalLM", title)
 
 
 if __name__ == "__main__":

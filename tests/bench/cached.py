@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import figures
 import torch
 from common import BATCH, CONTEXT, PEER, Case, Run, Times, language_model, random_contexts, settings
 
@@ -151,6 +152,11 @@ def looking(folder: Path, shards: int, contexts: int, rounds: int) -> None:
     cache.close()
     shutil.rmtree(folder)
     looked, without = (statistics.median(times[look]) * 1e3 for look in (True, False))
+    figures.row(
+        "looking at the files before a batch",
+        f"{shards:,} shards",
+        {"ms a batch": looked, "ms without looking": without, "ratio": looked / without},
+    )
     print(
         f"  {shards:5} shards: {looked:7.2f} ms a batch of {BATCH} rows of {WIDTH}, {without:7.2f} ms without looking: "
         f"{looked / without:.3f}, medians of {rounds}"
@@ -188,13 +194,18 @@ def main() -> None:
         bench = Bench(contexts, Path(folder))
         size = bench.rows * WIDTH * 4 / 1e9
         print(f"cached activations: {bench.rows:,} rows of {WIDTH} float32 ({size:.2f} GB)")
-        print("sae-lens: " + ("its CacheActivationsRunner and ActivationsStore" if PEER else "not installed, skipped"))
+        if PEER:
+            print("sae-lens: its CacheActivationsRunner and ActivationsStore")
+        else:
+            figures.missing("sae-lens")
         print("writing:")  # what was written before is with the disk when the clock starts
         ours = {"dd conv=fsync": bench.dd, "CacheWriter": bench.writer, "saekit cache": bench.ours}
-        Times({name: Case(run, before=os.sync) for name, run in ours.items()}, rounds).table("dd conv=fsync")
+        Times({name: Case(run, before=os.sync) for name, run in ours.items()}, rounds).table("dd conv=fsync", "writing")
         if PEER:  # apart: it leaves the disk much to do
             cases = {"saekit cache": bench.ours, "sae-lens": bench.peer}
-            Times({name: Case(run, before=os.sync) for name, run in cases.items()}, rounds).table("saekit cache")
+            Times({name: Case(run, before=os.sync) for name, run in cases.items()}, rounds).table(
+                "saekit cache", "writing, beside sae-lens", "sae-lens"
+            )
         for name, cold in (("warm", False), ("cold", True)):
             peer = {"sae-lens": lambda cold=cold: bench.read_peer(cold=cold)} if PEER else {}
             print(f"reading, {name}:")
@@ -202,7 +213,8 @@ def main() -> None:
                 "cached, no prefetch": lambda cold=cold: bench.read_ours(prefetch=False, cold=cold),
                 "cached, prefetch": lambda cold=cold: bench.read_ours(prefetch=True, cold=cold),
             }
-            Times({**ours, **peer}, rounds).table("cached, prefetch")
+            beside = "sae-lens" if PEER else None
+            Times({**ours, **peer}, rounds).table("cached, prefetch", f"reading, {name}", beside)
         print(f"  (1 µs/token is {WIDTH * 4 / 1e3:.2f} GB/s)")
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from common import language_model, random_contexts, settings
+from figures import row, spread
 
 import saekit
 from saekit.runs.interruption import Interruption
@@ -95,14 +96,18 @@ def main() -> None:
         session.close()
         shutil.rmtree(folder)
     median = statistics.median
-    print(f"  SAE {d_model} -> {d_sae}, {options.rounds} rounds: a checkpoint of {sizes[-1] / 1e6:,.0f} MB")
+    title = f"SAE {d_model} → {d_sae:,}, a checkpoint of {sizes[-1] / 1e6:,.0f} MB"
+    print(f"  {title}, {options.rounds} rounds")
     for name, values in (
         ("written behind", behind), ("a copy of its bytes", copies), ("waited for", saves),
         ("its bytes to the disk", writes), ("training step", steps),
     ):  # fmt: skip
+        row(title, name, {"seconds": spread(values)})
         print(f"  {name:21}  {median(values):7.3f} s  ({min(values):.3f}-{max(values):.3f})")
     beyond = [one - other for one, other in zip(behind, copies, strict=True)]
     before = [one - other for one, other in zip(saves, copies, strict=True)]
+    row(title, "beyond a copy, written behind", {"seconds": spread(beyond)})
+    row(title, "beyond a copy, waited for", {"seconds": spread(before)})
     print(f"  the loop stands still beyond a copy: {median(beyond):.3f} s; if it waited: {median(before):.3f} s")
     print(f"  waited for / its bytes to the disk  {median(saves) / median(writes):.2f}")
     print(f"  waited for / training step          {median(saves) / median(steps):.2f}")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import Figure, row, spread
 from saekit_plugins.backends.hooked_transformer import EMBEDDED
 
 import saekit
@@ -154,8 +155,11 @@ class Times:
         """The ratio of the medians of two cases."""
         return statistics.median(self.of(name)) / statistics.median(self.of(base))
 
-    def table(self, base: str) -> None:
-        """Print each case's median and spread, its ratio to ``base``, and the processors it kept busy."""
+    def table(self, base: str, title: str, beside: str | None = None) -> None:
+        """Print each case's median and spread, its ratio to ``base``, and the processors it kept busy.
+
+        They go into the table ``title``, with how many times as long the case ``beside`` takes.
+        """
         width = max(len(name) for name in self.cases)
         for name, runs in self._all.items():
             values, quiet = self.of(name), self._quiet(name)
@@ -165,13 +169,20 @@ class Times:
                 f"  x {self.ratio(name, base):.3f}  {processors:.2f} processors; {len(quiet)} of {len(runs)} quiet",
                 flush=True,
             )
+            found: dict[str, Figure] = {"µs per token": spread(values), f"× {base}": self.ratio(name, base)}
+            if beside is not None and name not in (base, beside):
+                found[f"{beside} / it"] = self.ratio(beside, name)
+            row(title, name, found | {"processors": processors, "quiet": f"{len(quiet)} of {len(runs)}"})
+
+
+_LOOK = 0.3  # seconds, of which the system counts hundredths
 
 
 def _wait_for_quiet(seconds: int = 30) -> None:
-    for _ in range(seconds):
+    for _ in range(int(seconds / _LOOK)):
         busy = _busy_seconds()
-        time.sleep(1)
-        if _busy_seconds() - busy < QUIET * (os.cpu_count() or 1):
+        time.sleep(_LOOK)
+        if _busy_seconds() - busy < QUIET * _LOOK * (os.cpu_count() or 1):
             return
 
 

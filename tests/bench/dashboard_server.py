@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import random
 import statistics
@@ -21,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from figures import missing, row, spread
 
 from saekit.dashboards.server import Served
 from saekit.dashboards.serving import address_of, opened_port, serve
@@ -28,6 +30,7 @@ from saekit.features.manifest import AboutSAE, StoreManifest
 from saekit.features.store import FeatureStore
 from saekit.files.tensors import save_tensors
 
+CHROMIUM = "/usr/bin/chromium"
 SIZE, PER_TOKEN, WIDTH = 128, 48, 768
 
 
@@ -41,14 +44,17 @@ def main() -> None:
         began = time.perf_counter()
         make(Path(folder), asked.features, asked.tokens // SIZE, asked.vocabulary)
         size = sum(path.stat().st_size for path in Path(folder).rglob("*"))
+        about = f"a store of {asked.features:,} features, {size / 1e6:,.0f} MB"
+        row(about, "making it", {"seconds": time.perf_counter() - began})
         print(f"a store of {asked.features:,} features, {size / 1e6:,.0f} MB, in {time.perf_counter() - began:.1f} s")
         began = time.perf_counter()
         served = Served(store=FeatureStore.open(folder))
         page = served.page
+        row(about, "opening it, and making its page", {"seconds": time.perf_counter() - began})
         print(f"opened, and its page made, in {time.perf_counter() - began:.2f} s: {len(page) / 1e6:.2f} MB")
         opened = opened_port("127.0.0.1", 0)
         threading.Thread(target=serve, args=(served, opened), daemon=True).start()
-        measure(address_of("127.0.0.1", opened), asked.features)
+        measure(address_of("127.0.0.1", opened), asked.features, about)
 
 
 def make(folder: Path, n: int, contexts: int, vocabulary: int) -> None:
@@ -116,12 +122,15 @@ def make(folder: Path, n: int, contexts: int, vocabulary: int) -> None:
                   digest="0", options={"top_kept": 200}, saes=[sae], files=about).save(folder)  # fmt: skip
 
 
-def measure(url: str, n: int) -> None:
+def measure(url: str, n: int, about: str) -> None:
+    if importlib.util.find_spec("selenium") is None or not Path(CHROMIUM).exists():
+        missing("selenium and Chromium")
+        return
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = "/usr/bin/chromium"
+    options.binary_location = CHROMIUM
     for argument in ("--headless", "--no-sandbox", "--disable-gpu", "--window-size=1280,900"):
         options.add_argument(argument)
     driver = webdriver.Chrome(options=options, service=Service("/usr/bin/chromedriver"))
@@ -139,10 +148,16 @@ def measure(url: str, n: int) -> None:
             found = driver.execute_async_script(_SHOWN, number)
             features.append(found[0] / 1000)
             drawn.append(found[1] / 1000)
+        for case, seconds in (
+            ("the list can be used", lists), ("what features fire on", tokens), ("a feature", features),
+            ("with its pictures", drawn),
+        ):  # fmt: skip
+            row(about, case, {"seconds": spread(seconds)})
         print(f"the list can be used after {_told(lists)} s")
         print(f"what features fire on is there after {tokens[0]:.3f} s at first, then {_told(tokens[1:])} s")
         print(f"a feature is shown after {_told(features)} s, with its pictures after {_told(drawn)} s")
         waited = driver.execute_async_script(_SEARCHED)
+        row(about, "a search", {"seconds": waited / 1000})
         print(f"a search is answered after {waited / 1000:.3f} s")
     finally:
         driver.quit()

@@ -28,6 +28,7 @@ from multiprocessing import get_context
 from typing import Any
 
 import attrs
+import figures
 import torch
 from saekit_plugins.evals.reconstruction import ReconstructionConfig
 from saekit_plugins.evals.reconstruction.module import ReconstructionEval
@@ -229,13 +230,16 @@ def summary(runs: list[Found], field: str) -> tuple[float, float]:
 def line(name: str, own: list[Found], peer: list[Found]) -> bool:
     """Print both; whether saekit's are not worse by more than two standard errors."""
     fine, parts = True, []
+    found: dict[str, figures.Figure] = {}
     for field, sign, digits in (("ev", 1, 4), ("ce", 1, 4), ("dead", -1, 1), ("l0", 0, 1)):
         (mean, error), (theirs, their_error) = summary(own, field), summary(peer, field)
         behind = sign * (theirs - mean) / max(math.hypot(error, their_error), 1e-12)
         worse = behind > 2 and abs(theirs - mean) > 10 ** -(digits + 1)
         fine &= not worse
+        found[field.replace("_", " ")] = f"{mean:.{digits}f} | {theirs:.{digits}f}"
         parts.append(f"{field} {mean:.{digits}f} | {theirs:.{digits}f}{f' WORSE by {behind:.1f} se' if worse else ''}")
     print(f"{name:18} " + "   ".join(parts), flush=True)
+    figures.row("saekit | sae-lens", name, {**found, "none worse by two standard errors": "yes" if fine else "no"})
     return fine
 
 
@@ -284,7 +288,7 @@ def main() -> None:
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if importlib.util.find_spec("sae_lens") is None:
-        print("not installed, left out: sae-lens")
+        figures.missing("sae-lens")
         return
     chosen = asked.only or ["topk", "batchtopk", "standard"]
     wanted: list[dict[str, Any]] = [{"name": n, "k": k} for n in chosen if n != "standard" for k in (8, 16, 32)]

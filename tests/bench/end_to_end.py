@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import figures
 from common import BATCH, CONTEXT, PEER, Times, language_model, random_contexts, settings
 from peers import version
 
@@ -92,10 +93,14 @@ def main() -> None:
     if PEER:
         cases[name] = peer(model, dataset, asked.tokens)
     else:
-        print("not installed, left out: sae-lens")
+        figures.missing("sae-lens")
     times = Times(cases, asked.rounds)
-    times.table("saekit")
+    title = f"TopK {D_IN} → {D_SAE:,}, {asked.tokens:,} tokens, from configuration to saved SAE"
+    times.table("saekit", title)
     if PEER:
+        four = {f"four runs of {name} / it": 4 * times.ratio(name, "saekit, four SAEs")}
+        figures.row(title, "saekit", {f"{name} / it": times.ratio(name, "saekit")})
+        figures.row(title, "saekit, four SAEs", four)
         print(f"  {name} / saekit = {times.ratio(name, 'saekit'):.2f}")
         print(f"  4 x {name} / saekit, four SAEs = {4 * times.ratio(name, 'saekit, four SAEs'):.2f}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import figures
 import torch
 from common import CONTEXT, PEER, VOCABULARY, Case, Times, language_model
 from peers import version
@@ -112,9 +113,11 @@ def agreement(sae: Any, backend: Any, tokens: torch.Tensor, peer: Peer) -> None:
         for name, own in SAME.items():
             apart = abs(ours[own] - theirs[name]) / max(1.0, abs(theirs[name]))
             print(f"    {own:22} {ours[own]:14.7f} {theirs[name]:14.7f}   {apart:.1e}")
+            found = {"saekit": ours[own], "sae-lens": theirs[name], "apart": f"{apart:.0e}"}
+            figures.row(f"the same numbers, {'without special tokens' if exclude else 'all tokens'}", own, found)
 
 
-def timed(tokens: torch.Tensor, rounds: int, cases: dict[str, Callable[[], object]], base: str) -> None:
+def timed(tokens: torch.Tensor, rounds: int, cases: dict[str, Callable[[], object]], title: str) -> None:
     """A table of the time of each case, for each token."""
 
     def case(run: Callable[[], object]) -> Case:
@@ -124,7 +127,11 @@ def timed(tokens: torch.Tensor, rounds: int, cases: dict[str, Callable[[], objec
 
         return Case(once)
 
-    Times({name: case(run) for name, run in cases.items()}, rounds).table(base)
+    base, peer = next(iter(cases)), next((name for name in cases if name.startswith("sae-lens")), None)
+    times = Times({name: case(run) for name, run in cases.items()}, rounds)
+    times.table(base, title)
+    if peer is not None:
+        figures.row(title, base, {f"sae-lens {version('sae-lens')} / it": times.ratio(peer, base)})
 
 
 @torch.no_grad()
@@ -143,7 +150,7 @@ def main() -> None:
     tokens[:, 0] = backend.special_tokens["bos"]
     print(f"{LAYERS} blocks, {options.contexts} contexts of {CONTEXT} tokens, topk with {D_SAE:,} features, k = {K}")
     if not PEER:
-        print("  sae-lens is not installed: its times and its numbers are left out")
+        figures.missing("sae-lens")
     for where, hook in SITES.items():
         print(f"{where}: {hook}")
         inputs = backend.run(tokens, read={hook}).held[hook].flatten(0, 1)
@@ -151,13 +158,13 @@ def main() -> None:
         if PEER and where == "upper half":
             agreement(saes[0], backend, tokens, Peer(saes[:1], model, tokens))
         for number in (1, 8):
-            some, name = saes[:number], f"saekit {saekit.__version__}, {number} SAE{'s' if number > 1 else ''}"
+            some, name = saes[:number], "saekit"
             cases: dict[str, Callable[[], object]] = {
                 name: lambda some=some: by_saekit(some, backend, tokens, TokenChoice())  # type: ignore[misc]
             }
             if PEER:
                 cases[f"sae-lens {version('sae-lens')}, {number}"] = Peer(some, model, tokens)
-            timed(tokens, rounds, cases, name)
+            timed(tokens, rounds, cases, f"{where}: {hook}, {number} SAE{'s' if number > 1 else ''}")
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from common import megabytes
+from figures import row
 
 import saekit
 
@@ -77,6 +78,8 @@ def timed(what: str, tokens: int) -> Iterator[None]:
     yield
     wall, own = time.perf_counter() - wall, time.process_time() - own
     peak.over.set()
+    found = {"seconds": wall, "of processors": own, "µs per token": own / tokens * 1e6}
+    row(f"{tokens:,} tokens", what, {**found, "memory, MB more": peak.most - peak.first})
     print(
         f"{what:22} {wall:7.1f} s, {own:7.1f} s of processors, {own / tokens * 1e6:6.1f} µs/token, "
         f"{peak.most - peak.first:+7.0f} MB",

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from figures import row
+
 _SHOWN = 6
 _CONTROL = re.compile(r"\x1b\[\??[0-9;]*[a-zA-Z]|\r")
 
@@ -32,7 +34,8 @@ def main() -> None:
             where = Path(folder, name)
             where.mkdir()
             print(f"== saekit {' '.join(command)}: {name}")
-            report(watch([sys.executable, "-W", "ignore", "-m", "saekit.cli", *command], where, terminal=terminal))
+            seen = watch([sys.executable, "-W", "ignore", "-m", "saekit.cli", *command], where, terminal=terminal)
+            report(seen, f"saekit {' '.join(command)}", name)
 
 
 def watch(command: list[str], folder: Path, *, terminal: bool) -> list[tuple[float, str]]:
@@ -59,12 +62,14 @@ def watch(command: list[str], folder: Path, *, terminal: bool) -> list[tuple[flo
     return [*seen, (time.perf_counter() - start, "")]
 
 
-def report(seen: list[tuple[float, str]]) -> None:
+def report(seen: list[tuple[float, str]], command: str, case: str) -> None:
     """Print the figures."""
     times = [0.0, *(at for at, _ in seen)]
     before = ["the start", *(_last_line(text) for _, text in seen)]
     gaps = sorted(((b - a, a, text) for a, b, text in zip(times, times[1:], before, strict=False)), reverse=True)
     print(f"first output after {seen[0][0]:.2f} s, all of it in {times[-1]:.1f} s; the longest silences:")
+    found = {"first output, s": seen[0][0], "all of it, s": times[-1], "longest silence, s": gaps[0][0]}
+    row(command, case, {**found, "after": gaps[0][2]})
     for gap, at, text in gaps[:_SHOWN]:
         print(f"  {gap:5.2f} s from {at:6.1f} s on, after: {text}")
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from figures import row
 
 D_IN = 512
 WIDTHS = [1 << power for power in range(10, 17)]
@@ -65,7 +66,19 @@ def exponent(sizes: list[int], times: list[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(times), 1)[0])
 
 
-def plot(path: Path, by_width: dict[str, list[dict[str, float]]], by_batch: dict[str, list[dict[str, float]]]) -> None:
+def large(widths: list[int], found: list[dict[str, float]]) -> tuple[list[int], list[float]]:
+    """Those from 4,096 features on, with their times."""
+    pairs = [(width, one["us"]) for width, one in zip(widths, found, strict=True) if width >= 4096]
+    return [width for width, _ in pairs], [time for _, time in pairs]
+
+
+def plot(
+    path: Path,
+    widths: list[int],
+    by_width: dict[str, list[dict[str, float]]],
+    batches: list[int],
+    by_batch: dict[str, list[dict[str, float]]],
+) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -74,14 +87,14 @@ def plot(path: Path, by_width: dict[str, list[dict[str, float]]], by_batch: dict
     figure, (time_axes, batch_axes, memory_axes) = pyplot.subplots(1, 3, figsize=(13, 4), layout="constrained")
     for kind, found in by_width.items():
         times = [one["us"] for one in found]
-        time_axes.loglog(WIDTHS, times, "o-", label=f"{kind}: features^{exponent(WIDTHS[2:], times[2:]):.2f}")
-        memory_axes.plot(WIDTHS, [one["beyond"] / one["buffer"] for one in found], "o-", label=kind)
+        time_axes.loglog(widths, times, "o-", label=f"{kind}: features^{exponent(*large(widths, found)):.2f}")
+        memory_axes.plot(widths, [one["beyond"] / one["buffer"] for one in found], "o-", label=kind)
     for kind, found in by_batch.items():
-        batch_axes.plot(BATCHES, [one["us"] for one in found], "o-", label=kind)
+        batch_axes.plot(batches, [one["us"] for one in found], "o-", label=kind)
     batch_axes.set_xscale("log", base=2)
-    batch_axes.set_xticks(BATCHES, map(str, BATCHES))
+    batch_axes.set_xticks(batches, map(str, batches))
     allowed = [1.5 + one["batch"] / one["buffer"] for one in by_width[KINDS[0]]]
-    memory_axes.plot(WIDTHS, allowed, "k--", label="1.5 buffers and a batch")
+    memory_axes.plot(widths, allowed, "k--", label="1.5 buffers and a batch")
     memory_axes.set(xscale="log", ylim=(0, 8), xlabel="features", ylabel="memory in buffers of [1024, features]")
     time_axes.set(xlabel="features", ylabel="µs per token", title=f"width {D_IN}, batch 4096")
     batch_axes.set(xlabel="batch", ylabel="µs per token", title=f"{D_IN} → 16384", ylim=(0, None))
@@ -96,30 +109,41 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS)
+    parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--one", nargs=3, metavar=("KIND", "FEATURES", "BATCH"), help=argparse.SUPPRESS)
     asked: Any = parser.parse_args()
     if asked.one:
         kind, d_sae, batch = asked.one
         print(json.dumps(one(kind, int(d_sae), int(batch), asked.rounds)))
         return
-    by_width = {kind: [measured(kind, d_sae, 4096, asked.rounds) for d_sae in WIDTHS] for kind in KINDS}
+    by_width = {kind: [measured(kind, d_sae, 4096, asked.rounds) for d_sae in asked.widths] for kind in KINDS}
     by_batch = {
-        kind: [measured(kind, 16384, batch, asked.rounds) for batch in BATCHES] for kind in ("standard", "topk")
+        kind: [measured(kind, 16384, batch, asked.rounds) for batch in asked.batches] for kind in ("standard", "topk")
     }
     for kind, found in by_width.items():
-        for d_sae, numbers in zip(WIDTHS, found, strict=True):
+        for d_sae, numbers in zip(asked.widths, found, strict=True):
             allowed = 1.5 * numbers["buffer"] + numbers["batch"]
+            told = {
+                "µs per token": numbers["us"],
+                "beyond, MB": numbers["beyond"],
+                "1.5 buffers and a batch, MB": allowed,
+            }
+            row(f"width {D_IN}, batch 4096", f"{kind}, {d_sae:,} features", told)
             print(
                 f"  {kind:8} {d_sae:6} features  {numbers['us']:8.2f} µs/token  {numbers['beyond']:7.1f} MB beyond "
                 f"parameters, gradients and moments; 1.5 buffers and a batch are {allowed:.1f} MB"
             )
-        times = [numbers["us"] for numbers in found]
-        print(f"  {kind}: time per token grows as features^{exponent(WIDTHS[2:], times[2:]):.2f} from 4096 features on")
+        if len(grown := large(asked.widths, found)[0]) > 1:
+            power = exponent(*large(asked.widths, found))
+            row("time per token grows as features to the power of", kind, {"power": power, "from": f"{grown[0]:,} on"})
+            print(f"  {kind}: time per token grows as features^{power:.2f} from {grown[0]} features on")
     for kind, found in by_batch.items():
-        for batch, numbers in zip(BATCHES, found, strict=True):
+        for batch, numbers in zip(asked.batches, found, strict=True):
+            row(f"{D_IN} → 16,384 by batch", f"{kind}, {batch:,} rows", {"µs per token": numbers["us"]})
             print(f"  {kind:8} batch {batch:5}  {numbers['us']:8.2f} µs/token")
     if asked.plot:
-        plot(asked.plot, by_width, by_batch)
+        plot(asked.plot, asked.widths, by_width, asked.batches, by_batch)
 
 
 if __name__ == "__main__":

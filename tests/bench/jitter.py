@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import row
 
 import saekit
 import saekit.runs.run
@@ -152,6 +153,7 @@ def _tell(name: str, watch: Interleaved) -> None:
             f"{1e3 * ordered[-1]:7.2f} ms  p99/median {ratios[what]:.2f}",
             flush=True,
         )
+        row("Jitter of steps", f"{name}, {what}", {"median, ms": 1e3 * median, "p99 / median": ratios[what]})
     print(f"  {name:7} run / bare of p99/median: {ratios['run'] / ratios['bare']:.2f}")
     slowest = sorted(range(first, len(watch.times["run"])), key=lambda step: -watch.times["run"][step])[:20]
     texts = [f"{1e3 * watch.times['run'][step]:.1f} ms {'+'.join(watch.marks.get(step, ['-']))}" for step in slowest]

@@ -11,6 +11,7 @@ import argparse
 import warnings
 from typing import Any
 
+import figures
 import torch
 from common import BATCH, CONTEXT, PEER, Case, Run, Times, cycle, language_model, random_contexts
 
@@ -106,8 +107,9 @@ def bench_forward(options: argparse.Namespace, model: Any, dataset: Any) -> None
         live = live_case(model, dataset, hook, options.buffer)
         rows = cycle(options.buffer * PROMPTS * CONTEXT) * BATCH
         bare = forward_case(model, dataset, layers, rows // (PROMPTS * CONTEXT))
-        print(f"{hook}, a buffer of {options.buffer * PROMPTS} contexts, no prefetch")
-        Times({"bare forward": bare, "live source": live}, options.rounds).table("bare forward")
+        title = f"{hook}, a buffer of {options.buffer * PROMPTS} contexts, no prefetch"
+        print(title)
+        Times({"bare forward": bare, "live source": live}, options.rounds).table("bare forward", title)
 
 
 def bench_overlap(options: argparse.Namespace, model: Any, dataset: Any) -> None:
@@ -119,21 +121,23 @@ def bench_overlap(options: argparse.Namespace, model: Any, dataset: Any) -> None
         "prefetch = true": training_case(runs[True], options.buffer),
         "prefetch = false": training_case(runs[False], options.buffer),
     }
-    print(f"a standard SAE of 4096 features trained on {HOOK}, a buffer of {options.buffer * PROMPTS} contexts")
-    Times(cases, options.rounds // 3 or 1).table("prefetch = true")
+    title = f"a standard SAE of 4096 features trained on {HOOK}, a buffer of {options.buffer * PROMPTS} contexts"
+    print(title)
+    Times(cases, options.rounds // 3 or 1).table("prefetch = true", title)
 
 
 def bench_peer(options: argparse.Namespace, model: Any, dataset: Any) -> None:
     """sae-lens's store beside the live source."""
     if not PEER:
-        print("sae-lens: not installed, skipped")
+        figures.missing("sae-lens")
         return
     cases = {
         "live source": live_case(model, dataset, HOOK, options.peer_buffer),
         "sae-lens": peer_case(model, dataset, HOOK, options.peer_buffer),
     }
-    print(f"{HOOK}, a buffer of {options.peer_buffer * PROMPTS} contexts, no prefetch")
-    Times(cases, options.rounds // 4 or 1).table("live source")
+    title = f"{HOOK}, a buffer of {options.peer_buffer * PROMPTS} contexts, no prefetch, beside sae-lens"
+    print(title)
+    Times(cases, options.rounds // 4 or 1).table("live source", title)
 
 
 BENCHES = {"forward": bench_forward, "overlap": bench_overlap, "peer": bench_peer}

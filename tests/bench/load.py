@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import Figure, row, spread
 
 D_IN = 2048
 CASES: Mapping[str, Mapping[str, Any]] = {
@@ -144,15 +145,19 @@ def compare(case: str, folder: Path, rounds: int) -> None:
         reads.append(measured("read", str(file)))
         loads.append(measured("load", str(folder), json.dumps(CASES[case])))
     size = file.stat().st_size / 1e6
+    found: dict[str, Figure] = {}
 
     def median(runs: list[dict[str, float]], name: str) -> float:
         return statistics.median(one[name] for one in runs)
 
     for title, name in (("seconds", "seconds"), ("of processors", "worked")):
         read_in, load_in = median(reads, name), median(loads, name)
-        spread = "-".join(f"{limit(one[name] for one in reads):.2f}" for limit in (min, max))
-        print(f"  {case:40} {title:13}  read {read_in:5.2f} ({spread})  load {load_in:5.2f}  x {load_in / read_in:.2f}")
+        limits = "-".join(f"{limit(one[name] for one in reads):.2f}" for limit in (min, max))
+        print(f"  {case:40} {title:13}  read {read_in:5.2f} ({limits})  load {load_in:5.2f}  x {load_in / read_in:.2f}")
+        found |= {f"{title}, reading": spread(one[name] for one in reads)}
+        found |= {f"{title}, loading": spread(one[name] for one in loads), f"{title}, ×": load_in / read_in}
     peak, before = median(loads, "peak"), median(loads, "before")
+    row(f"{size:,.0f} MB in the page cache", case, {**found, "peak, × the file": peak / size})
     print(
         f"  {'':40} peak {peak:.0f} MB = x {peak / size:.3f} of {size:.0f} MB; {before:.0f} MB were there before",
         flush=True,

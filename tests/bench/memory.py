@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import CONTEXT, VOCABULARY, Run, language_model, megabytes, random_contexts
+from figures import row
 
 BUFFER, PROMPTS = 80, 16  # forwards, and contexts in each
 
@@ -45,6 +46,11 @@ def peak(options: argparse.Namespace, prefetch: bool) -> None:
     run.source.close()
     buffer = run.source.memory_bytes() / 1e6
     top = megabytes("VmHWM")
+    row(
+        TITLES["peak"],
+        f"prefetch = {str(prefetch).lower()}",
+        {"peak, MB": top, "imports, model and data, MB": base, "buffer, MB": buffer, "beyond, MB": top - base - buffer},
+    )
     print(
         f"  prefetch = {str(prefetch).lower():5}  peak {top:7.1f} MB; imports, model and data {base:.1f} MB + buffer "
         f"{buffer:.1f} MB; beyond these {top - base - buffer:+.1f} MB"
@@ -64,6 +70,8 @@ def soak(options: argparse.Namespace, kind: str) -> None:
         sizes.append(megabytes("VmRSS"))
         print(f"  {served:12,} tokens  RSS {sizes[-1]:7.1f} MB  {time.perf_counter() - start:6.1f} s", flush=True)
     run.source.close()
+    found = {"tokens": options.tokens, "grown by, MB": sizes[-1] - sizes[0], "at most, MB": max(sizes)}
+    row(TITLES["soak"], f"from a {kind}", found)
     print(f"  from the first of these to the last: {sizes[-1] - sizes[0]:+.1f} MB; the most: {max(sizes):.1f} MB")
 
 
@@ -100,6 +108,11 @@ def evals(options: argparse.Namespace, contexts: int, per_forward: int) -> None:
     )
     feature_peaks(sae, backend=backend, sites=site, contexts=tokens, batch_size=per_forward)
     dense = per_forward * CONTEXT * d_sae * 4 / 1e6
+    row(
+        TITLES["evals"],
+        f"{contexts} contexts, {per_forward} in a forward",
+        {"peak beyond model and SAE, MB": megabytes("VmHWM") - base, "dense features of a forward, MB": dense},
+    )
     print(
         f"  {contexts:4} contexts, {per_forward:2} in a forward: peak {megabytes('VmHWM') - base:7.1f} MB beyond model "
         f"and SAE; dense features of a forward {dense:7.1f} MB, of all {dense * contexts / per_forward:9.1f} MB",

@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from figures import row
+
 SHAPES: dict[str, tuple[dict[str, int] | None, list[str]]] = {
     "gpt2": (
         {"n_layer": 12, "n_embd": 768, "n_head": 12, "vocab_size": 50257},
@@ -128,6 +130,8 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
     for what, (said, found, unit) in rows.items():
         if said is not None:
             print(f"  {what:10} planned {said:8.1f} {unit:2}  measured {found:8.1f} {unit:2}  {said / found - 1:+6.1%}")
+            figures = {f"planned, {unit}": said, f"measured, {unit}": found, "planned / measured": said / found}
+            row("What a plan says", f"{name}, {what}", figures)
     for fact, text in planned["facts"].items():
         if fact.startswith(("memory on", "duration")):
             print(f"  {text}", flush=True)

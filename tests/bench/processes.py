@@ -25,6 +25,7 @@ from typing import Any
 
 import attrs
 import torch
+from figures import row, spread
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -147,6 +148,8 @@ def against_one(kind: str, mesh: str, of: Case, rounds: int, where: bool) -> Non
     both = [max(times) for times in zip(*(one.both for one in found), strict=True)]
     ratios = [a / b for a, b in zip(found[0].alone, both, strict=True)]
     worked = statistics.median(found[0].work_alone) / max(statistics.median(one.work_of_both) for one in found)
+    told = {"one process, ms": [s * 1e3 for s in spread(found[0].alone)], "two, ms": [s * 1e3 for s in spread(both)]}
+    row("two processes beside one", f"{kind}, {mesh}", {**told, "×": spread(ratios), "× of processors": worked})
     print(
         f"{kind:10} {mesh:9} one process {statistics.median(found[0].alone) * 1e3:8.1f} ms, two "
         f"{statistics.median(both) * 1e3:8.1f} ms: x {statistics.median(ratios):.2f} "
@@ -194,6 +197,7 @@ def world_of_one(kind: str, of: Case, rounds: int) -> None:
     steps = [_seconds(step) for _ in range(rounds)]
     calls = [_seconds(lambda: [call() for call in made]) for _ in range(rounds)]
     spent, whole = statistics.median(calls), statistics.median(steps)
+    row("a world of one", kind, {"calls": len(made), "µs": spent * 1e6, "of a step": f"{spent / whole:.4%}"})
     print(
         f"{kind:10} a world of one: {len(made)} calls in a step, {spent * 1e6:.0f} µs of {whole * 1e3:.1f} ms: "
         f"{spent / whole:.4%}",

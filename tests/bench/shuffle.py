@@ -12,6 +12,7 @@ import statistics
 from math import exp, lgamma
 
 from common import BATCH, CONTEXT, Run, cycle, random_contexts
+from figures import row, spread
 
 from saekit.testing import FakeBackend
 
@@ -54,6 +55,8 @@ def main() -> None:
     ideal, median = uniform(contexts, BATCH), statistics.median(found)
     print(f"distinct contexts in a batch of {BATCH} rows, a buffer of {contexts} contexts of {CONTEXT} tokens")
     print(f"  live source, {len(found)} batches: median {median:.0f} ({min(found)}-{max(found)})")
+    about = f"distinct contexts in a batch of {BATCH}, a buffer of {contexts} contexts"
+    row(about, "live source", {"contexts": spread(found), "of uniform": median / ideal})
     print(f"  uniform from a whole buffer: {ideal:.1f}; the live source has {median / ideal:.1%} of it")
 
 

@@ -88,8 +88,9 @@ def compare(kind: str, architecture: str, rounds: int, forwards: int) -> None:
         "spliced, a mask": spliced(lambda there: there.run(tokens, want="logits"), mask=lambda ids: ids > 9),
         "spliced, features read": spliced(lambda there: there.run(tokens, read=[acts], want="logits")),
     }
-    print(f"{kind}, {architecture}: {PROMPTS} contexts of {CONTEXT}, {LAYERS} layers of {WIDTH}, 4,096 features")
-    Times(cases, rounds).table(base)
+    title = f"{kind}, {architecture}: {PROMPTS} contexts of {CONTEXT}, {LAYERS} layers of {WIDTH}, 4,096 features"
+    print(title)
+    Times(cases, rounds).table(base, title)
 
 
 def main() -> None:

@@ -17,6 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from figures import row, spread
+
 IMPORTS = {
     "python -c pass": ["-c", "pass"],
     "import saekit": ["-c", "import saekit"],
@@ -67,6 +69,8 @@ def main() -> None:
         clock, processor = (sorted(column) for column in zip(*values[1:], strict=True))
         print(f"{name:{width}}  {statistics.median(clock):.3f} s   {clock[0]:.3f}-{clock[-1]:.3f} s   "
               f"{statistics.median(processor):.3f} s")  # fmt: skip
+        seconds = {"seconds": spread(clock), "of the processor": statistics.median(processor)}
+        row("from the start of the process to its end", name, seconds)
 
 
 def _timed(command: list[str], folder: str) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import platform
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import figures
 import torch
 from common import BATCH, Times
 from peers import PARTS, K, Step, missing, peer_inference, peer_steps, version
@@ -28,9 +29,9 @@ from torch import Tensor
 
 import saekit
 import saekit.kernels.screen
-from saekit.config import SAEConfig, TrainingConfig
+from saekit.config import SAEConfig
+from saekit.runs.benching import encoder_product, resting_trainer
 from saekit.sae.build import build_module
-from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.trainer import SAETrainer
 
@@ -71,14 +72,8 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
                 parameter.copy_(weights["b_enc"] * (name == "b_mag"))
             else:
                 parameter.copy_(weights["b_enc" if name == "b_gate" else name])
-    training = TrainingConfig(training_tokens=10**10, log_frequency=10**6)
     build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
-    return SAETrainer(
-        name="bench", sae=sae, sites=saekit.Sites.one(saekit.Site()),
-        training=training, generator=torch.Generator(), device="cpu",
-        optimizer=ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7),
-        firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device="cpu"),
-    )  # fmt: skip
+    return resting_trainer(sae, ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7))
 
 
 def with_screen(on: bool, work: Callable[[], object]) -> Step:
@@ -98,9 +93,7 @@ def case(work: Step) -> Callable[[], int]:
 
 
 def product(weights: Mapping[str, Tensor], x: Tensor) -> Step:
-    out = torch.empty(len(x), weights["W_enc"].shape[1])
-    turned = weights["W_enc"].T.contiguous()
-    return lambda: torch.mm(x, turned.T, out=out)
+    return encoder_product(x, weights["W_enc"].T.contiguous())
 
 
 def own_steps(kind: str, weights: Mapping[str, Tensor], x: Tensor, dense: bool) -> dict[str, Step]:
@@ -143,7 +136,7 @@ def compared(title: str, steps: Mapping[str, Step], mm1: Step, base: str | None,
     for work in steps.values():  # buffers are made, and Adam's moments
         work()
     times = Times({"mm1": case(mm1), **{name: case(work) for name, work in steps.items()}}, rounds)
-    times.table("mm1")
+    times.table("mm1", title, base)
     for name in steps if base else ():
         if name.startswith("saekit") and "reference" not in name:
             print(f"  {base} / {name} = {times.ratio(str(base), name):.2f}", flush=True)
@@ -157,7 +150,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked: Any = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    print(f"not installed, left out: {', '.join(missing()) or 'nothing'}")
+    figures.missing(*missing())
     own = f"sae-lens {version('sae-lens')}"
     for size in asked.size:
         d_in, d_sae = SIZES[size]
@@ -166,7 +159,7 @@ def main() -> None:
             kind = {"dense": "standard", "inference": "standard"}.get(name, name)
             weights = shared_weights(d_in, d_sae, x, {"standard": L0, "inference": L0, "gated": L0}.get(name))
             mm1 = product(weights, x)
-            title = f"{d_in} -> {d_sae}, batch {BATCH}, {name}"
+            title = f"{d_in:,} → {d_sae:,}, {name}"
             if name == "inference":
                 peers, steps = peer_inference(kind, weights, x), own_inference(kind, weights, x)
             else:

@@ -16,6 +16,7 @@ import time
 from functools import partial
 from typing import Any
 
+from figures import row
 from saekit_plugins.backends.hooked_transformer import EMBEDDED
 
 from saekit.backends.texts import text_ids
@@ -88,6 +89,11 @@ def main() -> None:
                 taken = Taken(documents, ids, len(tokenizer), count)
                 times[count].append(seconds_per_token(taken, options.contexts, model * 1e-6) * 1e6)
             found = {count: statistics.median(each) for count, each in times.items()}
+            figures = {
+                f"{count} processes, µs per token" if count else "a thread, µs per token": found[count]
+                for count in found
+            }
+            row("Tokenizing ahead", f"{name}, a model of {model:g} µs per token", figures)
             print(f"{name}, a model of {model:g} µs per token: a thread {found[0]:.2f} µs; " + ", ".join(
                 f"{count} processes {found[count]:.2f} ({found[0] / found[count]:.2f} x)" for count in options.processes
             ), flush=True)  # fmt: skip

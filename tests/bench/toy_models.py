@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from figures import row
 from torch.nn.functional import normalize
 
 import saekit
@@ -38,7 +39,9 @@ def trained(folder: Path, toy: Path, sae: dict[str, Any], steps: int, lr: float,
     ).sae
 
 
-def show(what: str, found: Recovery, seconds: float) -> None:
+def show(table: str, what: str, found: Recovery, seconds: float) -> None:
+    told = {"MMCS": found.mmcs, "precision": found.precision, "recall": found.recall, "L0": found.l0}
+    row(table, what.strip(), told | {"true L0": found.true_l0, "seconds": seconds})
     print(
         f"{what:44} MMCS {found.mmcs:.3f}  of found {found.mmcs_of_found:.3f}  precision {found.precision:.3f}  "
         f"recall {found.recall:.3f}  L0 {found.l0:.2f} of {found.true_l0:.2f}  silent {found.silent}  {seconds:.1f} s",
@@ -60,7 +63,7 @@ def five_in_two(folder: Path, seeds: int) -> None:
                     folder, toy, sae, steps, 1e-2, seed=seed, normalize_activations="expected_average_only_in"
                 )
                 what = f"  {d_sae} features, seed {seed}, {'trained' if steps > 1 else 'untrained'}"
-                show(what, measure_recovery(found, model), time.perf_counter() - start)
+                show("5 in 2", what, measure_recovery(found, model), time.perf_counter() - start)
 
 
 def hundred_in_twenty(folder: Path, chance: float, steps: int, seeds: int) -> None:
@@ -70,15 +73,16 @@ def hundred_in_twenty(folder: Path, chance: float, steps: int, seeds: int) -> No
     )
     model = train_toy_model(config).model
     toy = model.save(folder / "hundred.safetensors")
-    print(f"100 in 20, each firing in {chance:.0%} of rows: the toy model took {time.perf_counter() - start:.1f} s")
+    table = "100 in 20"
+    print(f"{table}, each firing in {chance:.0%} of rows: the toy model took {time.perf_counter() - start:.1f} s")
     sae = {"name": "topk", "d_sae": 100, "k": round(100 * chance)}
     for seed in range(seeds):
         start = time.perf_counter()
         found = measure_recovery(trained(folder, toy, sae, steps, 3e-2, seed=seed), model)
-        show(f"  seed {seed}", found, time.perf_counter() - start)
+        show(table, f"  seed {seed}", found, time.perf_counter() - start)
         at_truth = measure_recovery(trained(folder, toy, sae, steps, 3e-2, seed=seed,
                                             from_pretrained_path=str(_true(folder, sae, model))), model)  # fmt: skip
-        show(f"  seed {seed}, started at the true directions", at_truth, 0)
+        show(table, f"  seed {seed}, started at the true directions", at_truth, 0)
         print(f"  ratio of MMCS {found.mmcs / at_truth.mmcs:.3f}", flush=True)
 
 

@@ -23,10 +23,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import figures
 import numpy as np
 import torch
 
 V, FEATURES, SETS, MANY = 50_000, 50, 50, 1000
+
+
+PARTS = ("booleans", "ours", "many", "statistics")
 
 
 def made_sets(seed: int = 0) -> dict[str, Any]:
@@ -76,6 +80,8 @@ def ours_or_booleans(part: str) -> None:
     else:
         found, seconds, grown = timed(lambda: by_booleans(logits, sets).numpy())
     each = seconds / FEATURES / SETS * 1e6
+    told = {"processor, s": seconds, "µs per feature and set": each, "memory, MB more": grown}
+    figures.row(f"{FEATURES} features, {SETS} sets, a vocabulary of {V:,}", part, told)
     print(f"{part}: {seconds:.2f} s, {each:.0f} µs per feature and set, {grown:,.0f} MB more; mean {found.mean():.6f}")
 
 
@@ -99,6 +105,11 @@ def many(d_model: int) -> None:
         found, seconds, grown = timed(
             lambda n=permutations: enrich(sae, sets, backend=backend, features="all", permutations=n), 1
         )
+        figures.row(
+            f"{MANY:,} features, {SETS} sets",
+            f"{permutations:,} permutations",
+            {"processor, s": seconds, "memory, MB more": grown},
+        )
         print(
             f"{MANY:,} features, {permutations:,} permutations: {seconds:.1f} s, {grown:,.0f} MB more; "
             f"{before:,.0f} MB before, {peak():,.0f} MB at most; {found.values.signed.shape}"
@@ -111,6 +122,9 @@ def statistics(d_model: int) -> None:
     rows, columns = torch.randn(65_536, d_model), torch.randn(d_model, V)
     before = peak()
     _, seconds, grown = timed(lambda: row_moments(lambda part: rows[part], len(rows), columns), 1)
+    figures.row(
+        "moments of logits", f"65,536 features, d_model {d_model}", {"processor, s": seconds, "memory, MB more": grown}
+    )
     print(
         f"65,536 features, d_model {d_model}: {seconds:.0f} s, {grown:,.0f} MB more; {before:,.0f} MB before, "
         f"{peak():,.0f} MB at most"
@@ -119,12 +133,13 @@ def statistics(d_model: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--part", choices=["ours", "booleans", "many", "statistics"])
+    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--d-model", type=int, default=256)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.part is None:
-        for part in ("booleans", "ours", "many", "statistics"):
+        for part in asked.parts:
             subprocess.run([sys.executable, __file__, "--part", part, "--d-model", str(asked.d_model)], check=True)
     elif asked.part == "many":
         many(asked.d_model)

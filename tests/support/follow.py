@@ -39,6 +39,7 @@ LOCAL = {
     "context_size=256": "context_size=64",
     "gpt2-small-residual": """laptop 'sae={name="standard", d_sae=64}'""",
     "gemma-2-2b-topk": "laptop",
+    "2304x16384": "16x512",
 }
 """Text of a command, and what stands for it: with no network, with a small model."""
 SHORT = [
@@ -51,6 +52,7 @@ SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
     "pretokenize": ["max_contexts=400"], "features": ["--n-contexts", "24"],
+    "bench": ["--seconds", "0.2", "--size", "16x512"],
     "bench-synthetic": ["--steps", "3", "--l0", "1", "--correlated", "0", "--superposition", "2"],
 }  # fmt: skip
 

@@ -1,0 +1,236 @@
+"""``saekit bench``: what is timed, by which way, and what it says of it and of the machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from rich.console import Console
+from saekit_plugins.architectures.standard import StandardConfig
+from saekit_plugins.architectures.standard.module import StandardSAE
+from support.command import cli
+
+import saekit
+from saekit import ConfigError
+from saekit.commands.bench import bench, show_machine, size_of
+from saekit.errors import UnknownKeyError
+from saekit.runs import machine as machines
+from saekit.runs import timing
+from saekit.runs.benching import Bench, Found
+from saekit.runs.machine import this_machine
+from saekit.testing import isolated_manager
+from saekit.training import SAETrainer
+
+SMALL: dict[str, Any] = {"sizes": ((16, 512), (8, 1024)), "seconds": 0.5, "rows": 256}
+
+
+@pytest.fixture(scope="module")
+def found(device: str) -> Found:
+    return bench(Bench(device=device, **SMALL), verbose=False)
+
+
+def shown(found: Found, busy: float | None = None) -> str:
+    out, found = io.StringIO(), attrs.evolve(found, busy=busy)
+    show_machine(found, Console(file=out, width=300))
+    return out.getvalue()
+
+
+def test_each_architecture_is_timed_in_each_size(found: Found) -> None:
+    assert [(one.architecture, one.d_in, one.d_sae) for one in found.timed] == [
+        (f"saekit:{name}", *size) for size in SMALL["sizes"] for name in ("standard", "topk", "batchtopk")
+    ]
+    for one in found.timed:
+        times = [one.product, one.step, one.plain, *one.uses.values()]
+        assert all(0 < seconds < 10 for seconds in times)
+        assert list(one.uses) == ["sae(x)", "decode(encode(x))", "encode_sparse(x)"]
+        assert one.microseconds(one.step) == pytest.approx(one.step * 1e6 / one.rows)
+        assert one.flops == pytest.approx(2 * one.rows * one.d_in * one.d_sae / one.product)
+
+
+def test_as_many_features_are_active_as_late_in_training(found: Found) -> None:
+    for one in found.timed:
+        assert one.l0 == pytest.approx({"saekit:standard": 48}.get(one.architecture, 32), rel=0.06)
+
+
+def test_features_that_begin_above_zero_are_left_active_too() -> None:
+    asked = Bench(architectures=("jumprelu", "gated"), sizes=((64, 512),), seconds=0.3, rows=256, device="cpu")
+    for one in bench(asked, verbose=False).timed:
+        assert one.l0 == pytest.approx(48, rel=0.2)
+
+
+def test_the_way_that_it_names_is_the_one_that_it_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, bool]] = []
+    own_step, own_autograd = SAETrainer.train_on, StandardSAE.losses
+
+    def train_on(trainer: SAETrainer, *given: Any) -> Any:
+        made.append((trainer.sae.kernels, False))
+        return own_step(trainer, *given)
+
+    def losses(sae: Any, *given: Any) -> Any:
+        made[-1] = (made[-1][0], True)
+        return own_autograd(sae, *given)
+
+    monkeypatch.setattr(SAETrainer, "train_on", train_on)
+    monkeypatch.setattr(StandardSAE, "losses", losses)
+    asked = Bench(architectures=("standard",), **{**SMALL, "sizes": ((16, 256),)}, device="cpu")
+    (one,) = bench(asked, verbose=False).timed
+    assert set(made) == {("auto", False), ("reference", True)}
+    assert (one.path.partition(",")[0], one.why_plain, one.if_fast) == ("fast kernels", None, None)
+
+
+class OwnSAE(StandardSAE):
+    """Mathematics that no kernel knows."""
+
+    def features_of(self, pre: torch.Tensor) -> torch.Tensor:
+        return super().features_of(pre).clamp_max(3.0)
+
+
+@attrs.frozen(kw_only=True)
+class OwnConfig(StandardConfig):
+    """A stranger's."""
+
+
+class Stranger:
+    """A plugin."""
+
+    @saekit.hookimpl
+    def saekit_register_sae_architectures(self) -> Iterable[saekit.Entry]:
+        yield saekit.Entry("own", OwnConfig, OwnSAE, summary="a stranger's")
+
+
+def test_an_architecture_of_a_stranger_says_why_it_is_in_plain_torch() -> None:
+    plugins = isolated_manager(Stranger(), builtins=True)
+    asked = Bench(architectures=("own", "topk"), sizes=((16, 256),), seconds=0.3, rows=256, device="cpu")
+    result = bench(asked, plugins=plugins, verbose=False)
+    own, topk = result.timed
+    assert (own.architecture, own.why_plain) == ("test:own", "OwnSAE overrides features_of, and not step_kernels")
+    assert own.plain == own.step
+    text = shown(result)
+    assert "own: plain torch: OwnSAE overrides features_of" in text
+    assert '"fast" is refused: OwnSAE overrides features_of, and not step_kernels' in text
+    assert [line.split()[4:6] for line in text.splitlines() if line.startswith("own ")] == [["the", "same"]]
+    assert topk.why_plain is None
+
+
+def test_a_table_for_people(found: Found) -> None:
+    text = shown(found)
+    lines = text.splitlines()
+    assert lines[0] == found.machine.name
+    assert lines[2].startswith("16 → 512, float32, batches of 256; mm1, one product with the encoder: ")
+    assert [line.split()[0] for line in lines[4:7]] == ["standard", "topk", "batchtopk"]
+    one = found.timed[0]
+    assert f"({one.step / one.product:.2f})" in lines[4]
+    busy = shown(found, busy=0.5 * found.machine.cores).splitlines()
+    assert busy[1].startswith("other programs were at work when it began (load ")
+    assert [busy[0], *busy[2:]] == lines
+
+
+def test_what_it_says_of_other_ways(found: Found) -> None:
+    text = shown(found)
+    fast = [attrs.evolve(one, path="fast", plain=one.step * (2 + i)) for i, one in enumerate(found.timed)]
+    assert 'training.kernels = "reference" takes plain torch: steps take 2.0 to 7.0 times as long' in shown(
+        attrs.evolve(found, timed=fast)
+    )
+    assert '"fast" changes nothing here' in text
+    assert "not for fewer than 1024 features" in text or found.device != "cpu"
+    if found.machine.triton is None:
+        assert "not at work here: saekit:triton_topk needs triton, which is not installed" in text
+
+
+def test_the_command_gives_json() -> None:
+    words = ["bench", "--size", "16x128", "--architecture", "topk", "--seconds", "0.2", "--device", "cpu"]
+    table = json.loads(cli(*words, "--json").stdout)
+    assert table["machine"]["cpu"] == this_machine().cpu
+    (row,) = table["rows"]
+    assert (row["architecture"], row["d_in"], row["d_sae"], row["l0"]) == ("saekit:topk", 16, 128, 32)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"device": "nowhere"}, r"device: 'nowhere' cannot be used"),
+        ({"seconds": 0.0}, r"seconds: must be above 0; found 0$"),
+        ({"seconds": math.nan}, r"seconds: must be above 0; found nan$"),
+        ({"sizes": ((8, 0),)}, r"size: must be pairs of a width and a number of features, 1 or more; found"),
+        ({"architectures": ("temporal",)}, r"architecture: saekit:temporal is for inference alone and has no steps"),
+        ({"sizes": ((10**5, 10**6),)}, r"size: 100000x1000000 needs 3.21 TB, and .* are free on cpu; choose a smaller"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(asked: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        bench(Bench(**{"sizes": ((64, 1024),), "seconds": 0.1, "device": "cpu", **asked}), verbose=False)
+
+
+def test_an_unknown_architecture_is_named() -> None:
+    with pytest.raises(UnknownKeyError, match="Unknown SAE architecture 'topl'. Did you mean 'topk'"):
+        bench(Bench(architectures=("topl",)), verbose=False)
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "x4096", "512x-1", "0x4096", "axb", "1x2x3"])
+def test_a_size_that_is_none(text: str) -> None:
+    with pytest.raises(ConfigError, match=f"--size: takes a width .* such as 512x4096; found '{text}'"):
+        size_of(text)
+    assert size_of("512x4096") == (512, 4096)
+
+
+def test_the_least_of_the_calls_after_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = 0.0
+
+    def taking(*seconds: float) -> Callable[[], None]:
+        steps: Iterator[float] = iter(seconds)
+
+        def work() -> None:
+            nonlocal clock
+            clock += next(steps)
+
+        return work
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock)
+    assert timing.least_seconds(taking(1, 5, 3, 4), "cpu", most=4) == 3
+    assert timing.least_seconds(taking(1), "cpu", most=1) == 1
+    assert timing.least_seconds(taking(5), "cpu", most=9, budget=8) == 5  # a second would end after it
+    assert timing.least_seconds(taking(9, 2, 3), "cpu", most=3, budget=18) == 2
+    with pytest.raises(StopIteration):
+        timing.least_seconds(taking(1, 1), "cpu", most=3, budget=3)
+
+
+def test_small_batches_where_there_is_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from saekit.runs import benching
+
+    monkeypatch.setattr(benching, "_a_row", lambda *given: 1e-3)
+    asked = Bench(architectures=("topk",), sizes=((8, 64),), device="cpu", seconds=60.0)
+    (one,) = bench(asked, verbose=False).timed
+    assert one.rows == 1024  # 25 products of 1.024 s are less than 0.8 of a minute, of 2.048 s more
+
+
+def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in machines._HOLD:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(machines, "_cpu", lambda: ("EPYC 1", {"avx512_vnni", "amx_tile"}))
+    monkeypatch.setattr(machines, "has_bfloat16_products", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert this_machine().instructions == "AVX-512 with VNNI, bfloat16, AMX"
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    monkeypatch.setattr(machines, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    held = attrs.evolve(this_machine(), cores=2, threads=1, torch="2.13.0")
+    assert held.name == "2 cores of EPYC 1 with AVX2 (held to by ONEDNN_MAX_CPU_ISA=AVX2), 1 thread, torch 2.13.0"
+    other = attrs.evolve(held, held={}, threads=2, gpu="NVIDIA H100")
+    assert other.name == "NVIDIA H100; 2 cores of EPYC 1 with AVX2, torch 2.13.0"
+    assert other.to_dict()["name"] == other.name
+
+
+def test_a_cpu_of_which_the_system_lists_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(machines.platform, "processor", lambda: "arm")
+    monkeypatch.setattr(machines, "Path", lambda name: tmp_path / "nowhere")
+    assert machines._cpu() == ("arm", set())
+    (tmp_path / "cpuinfo").write_text("processor: 0\nmodel name : A  CPU\nflags : avx2 fma\n\nprocessor: 1\n")
+    monkeypatch.setattr(machines, "Path", lambda name: tmp_path / "cpuinfo")
+    assert machines._cpu() == ("A CPU", {"avx2", "fma"})

@@ -255,10 +255,10 @@ def make_trainer(
         world=world,
         watched=_watching(config, plugins, sae),
     )
-    if training.kernels == "fast" and (reason := trainer.why_reference()) is not None:
+    if training.kernels in ("fast", "int8") and (reason := trainer.why_reference()) is not None:
         raise ConfigError(
-            [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose 'auto', "
-              "which takes it where there is one")]
+            [("training.kernels", f"is '{training.kernels}', but there is no fast way to train this SAE: {reason}. "
+              "Choose 'auto', which takes it where there is one")]
         )  # fmt: skip
     return trainer
 

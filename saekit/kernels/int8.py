@@ -37,6 +37,7 @@ _LOOKED_AT = 1024  # rows of the encoder that show how large its columns are
 _SUMMED = 2.0**-23  # for each number that a product sums in float32, what rounding may cost of the whole: twice as much
 _NORM = 1 + 2.0**-10  # more than a norm that was computed in float32 may be too small by
 _BIAS = 2.0**-20  # of a sum of a few numbers, likewise
+_FACTOR = 12.0  # with it, both have as many digits
 _SMALLEST_STEP = 2.0**-50  # below, squares and products might be lost
 _POWERS = torch.tensor([2.0**power for power in range(-16, 17)], device="cpu")  # exact, as torch.exp2 need not be
 
@@ -109,12 +110,13 @@ class Int8Bounds:
         of_row, of_feature = _columns(d_in)
         width = -(-(d_in + of_row + of_feature) // _ALIGNED) * _ALIGNED
         wide = self.encoder.workspace.scratch("rounded", (d_sae, width), torch.int8, weights.device)
-        norms, lost, steps, centered = (weights.new_empty(d_sae) for _ in range(4))
+        norms, lost, steps, sizes, centered = (weights.new_empty(d_sae) for _ in range(5))
         offset = torch.empty(d_sae, dtype=torch.int32, device=weights.device)
         for start in range(0, d_sae, _BLOCK):
             block = slice(start, start + _BLOCK)
             part = weights[block] if self.scale is None else weights[block] * self.scale[block, None]
             torch.mv(part, center, out=centered[block])
+            torch.amax(part.abs(), 1, out=sizes[block])
             part = part * divisor
             steps[block] = part.abs().amax(1) / 127
             short = _rounded_to(part, steps[block, None])
@@ -133,19 +135,21 @@ class Int8Bounds:
             bias, least = bias * self.scale, least * self.scale
         raised = norms * ((center / divisor).norm() * (_NORM * (d_in + 32) * _SUMMED))
         bias = bias + centered + raised + (least + centered.abs()) * _BIAS
-        sound = (norms + bias).isfinite().all() & _not_too_small(steps)
+        sound = (norms + bias).isfinite().all() & _not_too_small(steps, sizes)
         return _Rounded(wide, center, divisor, steps, offset, bias, bool(sound))
 
     def _quantized(self, rows: Tensor, encoder: _Rounded) -> tuple[Tensor, Tensor] | None:
         """Integers ``[n, columns]`` uint8 and the steps ``[n, 1]`` of ``rows``."""
         n, d_in = rows.shape
         of_row, of_feature = _columns(d_in)
-        part = (rows - encoder.center) / encoder.divisor
+        part = rows - encoder.center
+        sizes = part.abs().amax(1, keepdim=True) + rows.abs().amax(1, keepdim=True)
+        part /= encoder.divisor
         norms = part.norm(dim=1, keepdim=True) + (rows / encoder.divisor).norm(dim=1, keepdim=True)
         summed = norms * (_NORM * (d_in + 32) * _SUMMED)
         # So wide that what summing may lose, which is much of a row that is almost the center, is a few of them, too.
         steps = torch.maximum(part.abs().amax(1, keepdim=True) / 127, summed * (4 / math.sqrt(d_in)))
-        if not bool(norms.isfinite().all() & _not_too_small(steps)):
+        if not bool(norms.isfinite().all() & _not_too_small(steps, sizes)):
             return None
         short = _rounded_to(part, steps)
         divided = torch.where(steps > 0, steps, 1)
@@ -163,8 +167,9 @@ def _rounded_to(numbers: Tensor, steps: Tensor) -> Tensor:
     return (numbers / torch.where(steps > 0, steps, 1)).round_().clamp_(-127, 127)
 
 
-def _not_too_small(steps: Tensor) -> Tensor:
-    return ((steps == 0) | (steps >= _SMALLEST_STEP)).all()
+def _not_too_small(steps: Tensor, sizes: Tensor) -> Tensor:
+    """Whether none of the ``steps`` has lost digits, or become zero, but those of what is zero itself by ``sizes``."""
+    return ((sizes == 0) | (steps >= _SMALLEST_STEP)).all()
 
 
 def _divisor(rows: Tensor, weights: Tensor) -> Tensor:
@@ -179,8 +184,9 @@ def _divisor(rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def _factors(d_in: int) -> tuple[float, float]:
-    """What norms of lost numbers are multiplied by, so that they fill a byte: those of rows, and those of features."""
-    return 255 / (0.8 * math.sqrt(d_in) + 1), 127 / (0.52 * math.sqrt(d_in) + 1)
+    """What norms of lost numbers are multiplied by, so that they fill a byte: those of rows, and those of features.  No
+    more than leaves digits to the norms that they meet, which are divided by it."""
+    return min(255 / (0.8 * math.sqrt(d_in) + 1), _FACTOR), min(127 / (0.52 * math.sqrt(d_in) + 1), _FACTOR)
 
 
 def _columns(d_in: int) -> tuple[int, int]:

@@ -130,7 +130,8 @@ class Int8Bounds:
         _split(norms / divided / factor_lost, wide[:, d_in : d_in + of_row], 127)
         wide[:, d_in + of_row :] = torch.ceil(lost / divided * factor_rounded)[:, None]
         wide[:, d_in + of_row + of_feature :] = 0
-        bias, least = self.encoder.b_enc - above, self.encoder.b_enc.abs() + abs(above)
+        bias = self.encoder.b_enc - above
+        least = bias.abs() + 2 * self.encoder.b_enc.abs()  # at least what both are together
         if self.scale is not None:
             bias, least = bias * self.scale, least * self.scale
         raised = norms * ((center / divisor).norm() * (_NORM * (d_in + 32) * _SUMMED))

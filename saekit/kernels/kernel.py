@@ -113,9 +113,13 @@ class SparseKernel(StepKernel[S]):
             return f"the weights are {str(use.dtype).removeprefix('torch.')}"
         if more := sorted(use.learning - set(self.gradients)):
             return f"the kernels have no gradient for {', '.join(more)}"
-        if use.training and sae.kernels == "int8" and (reason := self.why_no_screen(sae)):
-            return f"no first look in int8: {reason}"
-        return self.refuses_options(sae, training=use.training)
+        reason = self._why_no_first_look(sae) if use.training else None
+        return reason or self.refuses_options(sae, training=use.training)
+
+    def _why_no_first_look(self, sae: Any) -> str | None:
+        """In int8, where that is asked for."""
+        reason = self.why_no_screen(sae) if sae.kernels == "int8" else None
+        return None if reason is None else f"no first look in int8: {reason}"
 
     def refuses_options(self, sae: S, *, training: bool) -> str | None:
         """Why not with the options of ``sae``, for ``training`` or else for inference; None: with these, too."""

@@ -221,7 +221,9 @@ class Int8Screen(Screen):
         if not bool(kth.isfinite().all()):
             return None
         threshold = kth.clamp_min_(torch.finfo(torch.float32).smallest_normal * 2.0**-23)  # the least above zero
-        mask = torch.ge(bounds, threshold, out=self.encoder.workspace.mask_like(bounds))
+        # As integers, numbers above zero are in the same order, and compared faster.
+        places = self.encoder.workspace.mask_like(bounds)
+        mask = torch.ge(bounds.view(torch.int32), threshold.view(torch.int32), out=places)
         return self._largest(rows, mask, k, self._most(mask.numel()))
 
     def _likely(self, bounds: Tensor, k: int, groups: int) -> SparseFeatures:
@@ -236,7 +238,8 @@ class Int8Screen(Screen):
         return SparseFeatures(rows, features, bounds.new_empty(0), n, d_sae)
 
     def _signs(self, rows: Tensor, above: Tensor | float) -> Tensor | None:
-        return self._by_int8.of(rows, above)
+        bounds = self._by_int8.of(rows, above)
+        return None if bounds is None else bounds.view(torch.int32)
 
 
 def _up(values: Tensor) -> Tensor:

@@ -38,10 +38,11 @@ class TrainingConfig:
     """Seeds everything that is drawn."""
     device: str = "auto"
     """Where the SAE trains: `cpu`, `cuda`, ..., or `auto`."""
-    kernels: Literal["auto", "fast", "reference"] = "auto"
+    kernels: Literal["auto", "fast", "int8", "reference"] = "auto"
     """`auto` trains by the fast kernels where the SAE has them, but not in float64 or bfloat16, where `fast` does, too
-    (with float32 products for bfloat16); `fast` is an error where there are none; `reference` trains by plain torch and
-    autograd, in the order of operations of sae-lens."""
+    (with float32 products for bfloat16); `fast` is an error where there are none; `int8` is `auto` with a first look in
+    8-bit integers, which finds the features that are then computed in float32, and is an error where the CPU has no
+    AVX-512 VNNI; `reference` trains by plain torch and autograd, in the order of operations of sae-lens."""
     autocast: bool = False
     """Run the SAE's matrix products in bfloat16 (torch's autocast) in plain torch, whatever the type of its weights."""
     matmul_precision: Literal["highest", "high", "medium"] | None = None

@@ -64,6 +64,8 @@ class Encoder:
     """The memory of its products."""
     by_chunk: bool = False
     """Have the rows of each chunk in a group of their own: other processes, with other features, work on the same."""
+    int8: bool = False
+    """Whether a screen of its products is to be one of 8-bit integers."""
     _standing: Operands = attrs.field(factory=Operands, init=False)
 
     @property

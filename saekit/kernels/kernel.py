@@ -19,6 +19,7 @@ from saekit.devices import KERNEL_DEVICES
 from saekit.kernels.encoder import Encoder
 from saekit.kernels.features import Features
 from saekit.kernels.inference import Decoder
+from saekit.kernels.int8 import MOST_INPUTS
 from saekit.kernels.screen import why_no_screen
 from saekit.kernels.workspace import Workspace
 from saekit.values import StepInput, StepOutput
@@ -37,7 +38,7 @@ class Use:
     device: torch.device
     dtype: torch.dtype
     """That of the weights."""
-    asked: Literal["auto", "fast", "reference"] = "auto"
+    asked: Literal["auto", "fast", "int8", "reference"] = "auto"
     """``training.kernels``."""
     autocast: bool = False
     """The caller wants products rounded by torch's autocast."""
@@ -112,7 +113,13 @@ class SparseKernel(StepKernel[S]):
             return f"the weights are {str(use.dtype).removeprefix('torch.')}"
         if more := sorted(use.learning - set(self.gradients)):
             return f"the kernels have no gradient for {', '.join(more)}"
-        return self.refuses_options(sae, training=use.training)
+        reason = self._why_no_first_look(sae) if use.training else None
+        return reason or self.refuses_options(sae, training=use.training)
+
+    def _why_no_first_look(self, sae: Any) -> str | None:
+        """In int8, where that is asked for."""
+        reason = self.why_no_screen(sae) if sae.kernels == "int8" else None
+        return None if reason is None else f"no first look in int8: {reason}"
 
     def refuses_options(self, sae: S, *, training: bool) -> str | None:
         """Why not with the options of ``sae``, for ``training`` or else for inference; None: with these, too."""
@@ -120,20 +127,26 @@ class SparseKernel(StepKernel[S]):
 
     def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
         """``x̄ W_enc + b_enc`` by chunks, in the memory of ``workspace``."""
-        return Encoder(sae.W_enc.detach(), sae.b_enc.detach(), workspace, by_chunk=sae.share.parts > 1)
+        return Encoder(
+            sae.W_enc.detach(), sae.b_enc.detach(), workspace, by_chunk=sae.share.parts > 1, int8=sae.kernels == "int8"
+        )
 
     def decoder(self, sae: Any) -> Decoder:
         return Decoder(sae.W_dec, sae.b_dec, sae.decoder_scale())
 
     def remark(self, sae: Any) -> str:
-        reason = self.why_no_screen(sae)
-        return "a first look in bfloat16" if reason is None else f"no first look in bfloat16: {reason}"
+        kind, reason = "int8" if sae.kernels == "int8" else "bfloat16", self.why_no_screen(sae)
+        return f"a first look in {kind}" if reason is None else f"no first look in {kind}: {reason}"
 
     def why_no_screen(self, sae: Any) -> str | None:
-        """Why the encoder's products are not screened in bfloat16; None: they are where that pays."""
-        reason = why_no_screen(sae.W_enc.device, sae.W_enc.dtype, sae.W_enc.shape[1])
-        if reason is None and not sae.W_enc.T.is_contiguous():
+        """Why the encoder's products are not screened, in int8 if that is asked for and else in bfloat16; None: they
+        are where that pays."""
+        int8, weights = sae.kernels == "int8", sae.W_enc
+        reason = why_no_screen(weights.device, weights.dtype, weights.shape[1], int8)
+        if reason is None and not weights.T.is_contiguous():
             return "the numbers of a column of W_enc do not lie together"
+        if reason is None and int8 and len(weights) > MOST_INPUTS:
+            return f"not for more than {MOST_INPUTS} inputs"
         return reason
 
 
@@ -165,6 +178,8 @@ def choose(kernels: Sequence[StepKernel[S]], sae: S, use: Use) -> tuple[StepKern
     reasons: list[str] = []
     for kernel in kernels:
         reason = kernel.refuses(sae, use)
+        if reason is None and use.asked == "int8" and use.training and not isinstance(kernel, SparseKernel):
+            reason = "it has no first look in int8"
         if reason is None and (over := use.spread - vars(type(kernel)).get("spreads_over", frozenset())):
             reason = f"the kernels do not work where {' and '.join(sorted(over))} are split over processes"
         if reason is None:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "entry_products", "has_bfloat16_products", "is_followed", "is_of_compiler", "public_entry_products",
-    "public_is_of_compiler", "public_relu_gradient_", "relu_gradient_",
+    "entry_products", "has_bfloat16_products", "int8_products", "is_followed", "is_of_compiler",
+    "public_entry_products", "public_int8_products", "public_is_of_compiler", "public_relu_gradient_",
+    "relu_gradient_", "why_no_int8_products",
 ]  # fmt: skip
 
 _WITHOUT_BFLOAT16 = frozenset({
@@ -23,6 +24,8 @@ _WITHOUT_BFLOAT16 = frozenset({
     "AVX512_CORE_VNNI",
 })  # fmt: skip
 """What oneDNN may be held to, by its documentation of ``ONEDNN_MAX_CPU_ISA``, that has no such products of float32."""
+_WITHOUT_VNNI = frozenset({"SSE41", "AVX", "AVX2", "AVX512_MIC", "AVX512_MIC_4OPS", "AVX512_CORE"})
+"""What oneDNN may be held to that has no products of 8-bit integers: it makes them another way, which overflows."""
 _AT_ONCE = 1 << 22  # numbers that the public way holds in between
 
 
@@ -133,11 +136,70 @@ def has_bfloat16_products() -> bool:
 
     False where torch does not tell.
     """
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    if held.upper() in _WITHOUT_BFLOAT16:
+    if _held_to() in _WITHOUT_BFLOAT16:
         return False
     checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
     return any(check is not None and check() for check in checks) and torch.backends.mkldnn.is_available()
+
+
+def _held_to() -> str:
+    """The instructions that oneDNN is held to, or nothing."""
+    return (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+
+
+@functools.cache
+def why_no_int8_products() -> str | None:
+    """Why this CPU does not multiply 8-bit integers by itself, or torch does not let it; None: it does, exactly.
+
+    Torch has oneDNN make these products where there is AVX-512 VNNI; elsewhere it makes them one by one.
+    """
+    check = getattr(torch.cpu, "_is_vnni_supported", None)
+    if check is None or not check():
+        return "this CPU has no AVX-512 VNNI"
+    if _held_to() in _WITHOUT_VNNI:
+        return f"ONEDNN_MAX_CPU_ISA holds oneDNN to {_held_to()}, which has no VNNI"
+    if os.environ.get("ATEN_CPU_CAPABILITY", "").lower() in ("default", "avx2"):
+        return f"ATEN_CPU_CAPABILITY holds torch to {os.environ['ATEN_CPU_CAPABILITY']}, which has no VNNI"
+    if not torch.backends.mkldnn.is_available():
+        return "this torch has no oneDNN"
+    return None if _int8_products_are_exact() else f"torch {torch.__version__} has no exact products of uint8 and int8"
+
+
+def int8_products(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """``rows [n, d] @ weights [m, d]ᵀ``, uint8 and int8, exactly; written to ``out [n, m]``, int32."""
+    if why_no_int8_products() is None:
+        return _private_int8_products(rows, weights, out)
+    return public_int8_products(rows, weights, out)
+
+
+def public_int8_products(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    """The same by products in float32, of so few numbers that each is exact."""
+    size = (1 << 24) // (255 * 128)
+    out.zero_()
+    for some, other in zip(rows.split(size, 1), weights.split(size, 1), strict=True):
+        out += (some.float() @ other.float().T).int()
+    return out
+
+
+def _private_int8_products(rows: Tensor, weights: Tensor, out: Tensor) -> Tensor:
+    return torch._int_mm(rows, weights.T, out=out)
+
+
+@functools.cache
+def _int8_products_are_exact() -> bool:
+    """Also of the largest numbers, of which pairs do not fit into 16 bits."""
+    if not hasattr(torch, "_int_mm"):
+        return False
+    rows = torch.arange(48 * 320, device="cpu").mul_(7).remainder_(256).to(torch.uint8).view(48, 320)
+    weights = torch.arange(64 * 320, device="cpu").mul_(11).remainder_(255).sub_(127).to(torch.int8).view(64, 320)
+    rows[::3], weights[::4], weights[1::4] = 255, 127, -127
+    out, expected = (torch.empty(48, 64, dtype=torch.int32, device="cpu") for _ in range(2))
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            found = _private_int8_products(rows, weights, out)
+        except (AttributeError, RuntimeError, TypeError):  # another signature, or not for uint8
+            return False
+        return torch.equal(found, public_int8_products(rows, weights, expected))
 
 
 def is_followed(x: Tensor) -> bool:

@@ -27,9 +27,9 @@ _MATHEMATICS = (
 class Ways(Castable):
     """What :class:`saekit.sae.SAEModule` has of it."""
 
-    kernels: Literal["auto", "fast", "reference"] = "auto"
-    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``reference``:
-    plain torch."""
+    kernels: Literal["auto", "fast", "int8", "reference"] = "auto"
+    """``auto``: the fast kernels where there are any, but for training in float64; ``fast``: there, too; ``int8``: as
+    ``auto``, with a first look in 8-bit integers; ``reference``: plain torch."""
     step_kernels: ClassVar[Sequence[StepKernel[Any]]] = ()
     """The fast ways of this very class, the best first.  One that changes the mathematics inherits none."""
     served_by: Served = Served()

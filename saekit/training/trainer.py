@@ -79,9 +79,9 @@ class SAETrainer:
 
     def checked(self) -> Self:
         """Itself; :class:`ConfigError` where it cannot train in the way that was asked for."""
-        if self.training.kernels == "fast" and (reason := self.why_reference()) is not None:
+        if self.training.kernels in ("fast", "int8") and (reason := self.why_reference()) is not None:
             raise ConfigError(
-                [("training.kernels", f"is 'fast', but there is no fast way to train this SAE: {reason}. Choose "
+                [("training.kernels", f"is '{self.training.kernels}', but there is no fast way to train this SAE: {reason}. Choose "
                   "'auto', which takes it where there is one")]
             )  # fmt: skip
         other = None

@@ -50,6 +50,7 @@ CONFIGS: dict[str, Callable[[int], SAEConfig]] = {
     ),
     "matryoshka": lambda d_sae: MatryoshkaConfig(d_sae=d_sae, k=K, widths=tuple(d_sae // part for part in PARTS)),
 }
+BY_INT8 = " screened by int8"
 WHY_NO_SCREEN = saekit.kernels.screen.why_no_screen
 
 
@@ -76,6 +77,12 @@ def trainer_of(config: SAEConfig, weights: Mapping[str, Tensor]) -> SAETrainer:
     return resting_trainer(sae, ScheduledOptimizer(sae.named_parameters(), build, lambda step: 1e-7))
 
 
+def screens(x: Tensor, d_sae: int) -> list[str]:
+    """No screen, and those that this CPU has."""
+    there = ((" screened", False), (BY_INT8, True))
+    return ["", *(name for name, int8 in there if WHY_NO_SCREEN(x.device, x.dtype, d_sae, int8) is None)]
+
+
 def with_screen(on: bool, work: Callable[[], object]) -> Step:
     def run() -> object:
         saekit.kernels.screen.why_no_screen = WHY_NO_SCREEN if on else lambda *args: "off"
@@ -98,12 +105,14 @@ def product(weights: Mapping[str, Tensor], x: Tensor) -> Step:
 
 def own_steps(kind: str, weights: Mapping[str, Tensor], x: Tensor, dense: bool) -> dict[str, Step]:
     d_sae = len(weights["b_enc"])
-    screens = [False, True] if WHY_NO_SCREEN(x.device, x.dtype, d_sae) is None and not dense else [False]
     steps: dict[str, Step] = {}
-    for screen in screens:
+    for screen in [""] if dense else screens(x, d_sae):
         trainer = trainer_of(CONFIGS[kind](d_sae), weights)
-        name = f"saekit {kind}{' screened' if screen else ''}"
-        steps[name] = with_screen(screen, lambda trainer=trainer: trainer.train_on(x))  # type: ignore[misc]
+        trainer.sae.kernels = "int8" if screen == BY_INT8 else "auto"
+        steps[f"saekit {kind}{screen}"] = with_screen(
+            bool(screen),
+            lambda trainer=trainer: trainer.train_on(x),  # type: ignore[misc]
+        )
     reference = trainer_of(CONFIGS[kind](d_sae), weights)
     reference.sae.kernels = "reference"
     steps[f"saekit {kind}, kernels = reference"] = lambda: reference.train_on(x)
@@ -111,23 +120,21 @@ def own_steps(kind: str, weights: Mapping[str, Tensor], x: Tensor, dense: bool) 
 
 
 def own_inference(kind: str, weights: Mapping[str, Tensor], x: Tensor) -> dict[str, Step]:
-    sae = trainer_of(CONFIGS[kind](len(weights["b_enc"])), weights).sae
+    steps: dict[str, Step] = {}
+    for screen in screens(x, len(weights["b_enc"])):
+        sae = trainer_of(CONFIGS[kind](len(weights["b_enc"])), weights).sae
+        sae.kernels = "int8" if screen == BY_INT8 else "auto"
 
-    @torch.no_grad()
-    def both() -> None:
-        sae.decode(sae.encode(x))
+        @torch.no_grad()
+        def both(sae: Any = sae) -> None:
+            sae.decode(sae.encode(x))
 
-    @torch.no_grad()
-    def forward() -> None:
-        sae(x)
+        @torch.no_grad()
+        def forward(sae: Any = sae) -> None:
+            sae(x)
 
-    steps = {
-        f"saekit {kind} encode, decode": with_screen(False, both),
-        f"saekit {kind} forward": with_screen(False, forward),
-    }
-    if WHY_NO_SCREEN(x.device, x.dtype, sae.d_sae) is None:
-        steps[f"saekit {kind} encode, decode screened"] = with_screen(True, both)
-        steps[f"saekit {kind} forward screened"] = with_screen(True, forward)
+        steps[f"saekit {kind} encode, decode{screen}"] = with_screen(bool(screen), both)
+        steps[f"saekit {kind} forward{screen}"] = with_screen(bool(screen), forward)
     return steps
 
 

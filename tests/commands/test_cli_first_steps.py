@@ -174,7 +174,7 @@ def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
         ("train sae.d_s", ["sae.d_sae=", "sae.d_sae=none"]),
         ("train training.lr_", ["training.lr_warm_up_steps=", "training.lr_decay_steps="]),
         ("train training.seed", ["training.seed=", "training.seed=42"]),
-        ("train training.kernels=", [f"training.kernels={kernels}" for kernels in ("auto", "fast", "reference")]),
+        ("train training.kernels=", [f"training.kernels={way}" for way in ("auto", "fast", "int8", "reference")]),
         ("train model.compile=t", ["model.compile=true"]),
         ("train optimizer=", ["optimizer=adam", "optimizer=signum"]),
         ("train sae.name=top", ["sae.name=topk", "sae.name=topk_transcoder"]),

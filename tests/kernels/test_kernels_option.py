@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.kernels import count_screens, looking_in_int8
 from support.tiny import run_config
 
 import saekit
+import saekit.kernels.screen
 from saekit.errors import ConfigError
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.trainer import SAETrainer
@@ -62,3 +64,24 @@ def test_where_there_is_one(sae: dict[str, Any], tmp_path: Path) -> None:
     run = config(tmp_path, sae)
     assert saekit.plan(run, plugins=manager(), dataset=DOCUMENTS).facts["SAE step"].startswith("fast kernels")
     assert saekit.train(run, plugins=manager(), dataset=DOCUMENTS).metrics["details/n_training_tokens"] == 512
+
+
+def test_a_first_look_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the CPU has none it is an error that says so; where it has, what is learnt is the same."""
+    sae = {"d_sae": 1024, "name": "topk", "k": 4}
+    run = config(tmp_path / "int8", sae, kernels="int8", train_batch_size_tokens=384, training_tokens=768)
+    monkeypatch.setattr(saekit.kernels.screen, "why_no_int8_products", lambda: "this CPU has no AVX-512 VNNI")
+    with pytest.raises(
+        ConfigError, match="is 'int8', but .* no first look in int8: this CPU has no AVX-512 VNNI. Choose"
+    ):
+        saekit.train(run, plugins=manager(), dataset=DOCUMENTS)
+    assert any("no AVX-512 VNNI" in one for one in saekit.plan(run, plugins=manager(), dataset=DOCUMENTS).problems)
+    looking_in_int8(monkeypatch)
+    path = "fast kernels, a first look in int8"
+    assert saekit.plan(run, plugins=manager(), dataset=DOCUMENTS).facts["SAE step"] == path
+    calls = count_screens(monkeypatch)
+    found = saekit.train(run, plugins=manager(), dataset=DOCUMENTS)
+    assert calls == [384, 384]
+    plain = config(tmp_path / "fast", sae, train_batch_size_tokens=384, training_tokens=768)
+    expected = saekit.train(plain, plugins=manager(), dataset=DOCUMENTS)
+    assert found.metrics["losses/mse_loss"] == pytest.approx(expected.metrics["losses/mse_loss"], rel=1e-5)

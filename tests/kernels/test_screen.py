@@ -1,4 +1,4 @@
-"""The screen in bfloat16: what it lets through, and what it says where there is none."""
+"""Screens in bfloat16 and in int8: what they let through, and what is said where there is none."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
-from support.kernels import HARD, built, count_screens, needs_bfloat16, screened, seeded
+from support.kernels import HARD, SCREENS, built, count_screens, looking_in_int8, needs_bfloat16, screened, seeded
 
 import saekit
 import saekit.kernels.encoder
 import saekit.kernels.screen
 from saekit.kernels import Encoder
 from saekit.kernels.private_torch import has_bfloat16_products
-from saekit.kernels.screen import Screen
+from saekit.kernels.screen import Bfloat16Screen
 from saekit.values import StepInput
 
 
@@ -25,20 +25,21 @@ from saekit.values import StepInput
 def test_the_bound_holds(kind: str, d_in: int, d_sae: int) -> None:
     encoder, rows = screened(d_in, d_sae, kind)
     for scale, above in itertools.product((None, torch.rand(d_sae, generator=seeded(3)) + 0.1), (0.0, 0.7)):
-        bounds, _ = Screen(encoder, scale)._bounds(rows, above)
+        bounds, _ = Bfloat16Screen(encoder, scale)._bounds(rows, above)
         exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double() - above
         exact = exact if scale is None else exact * scale
         below = exact - bounds.double() - 2.0**-8 * exact.abs()  # what is left is the rounding of the bound itself
         assert below.max() <= 0
 
 
+@pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("kind", HARD)
-def test_a_screen_finds_every_active_feature(kind: str) -> None:
+def test_a_screen_finds_every_active_feature(kind: str, screen: str) -> None:
     encoder, rows = screened(256, 2048, kind)
     product = rows @ encoder.W_enc + encoder.b_enc
     exact = rows.double() @ encoder.W_enc.double() + encoder.b_enc.double()
     sure = exact > 1e-5 * product.abs().max()  # nearer to zero, two orders of summing differ
-    found = Screen(encoder).active(rows, 0.0)
+    found = SCREENS[screen](encoder).active(rows, 0.0)
     if kind in ("norms", "bias"):  # most features are active, or may be, and it says so
         assert found is None
         return
@@ -49,12 +50,13 @@ def test_a_screen_finds_every_active_feature(kind: str) -> None:
     assert torch.allclose(dense[sure], product[sure], rtol=1e-3, atol=1e-5 * float(product.abs().max()))
 
 
+@pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("kind", HARD)
 @pytest.mark.parametrize("k", [1, 16, 32])
-def test_a_screen_finds_the_largest(kind: str, k: int) -> None:
+def test_a_screen_finds_the_largest(kind: str, k: int, screen: str) -> None:
     encoder, rows = screened(256, 2048, kind)
     scale = torch.rand(2048, generator=seeded(9)) + 0.5
-    found = Screen(encoder, scale).top(rows, k)
+    found = SCREENS[screen](encoder, scale).top(rows, k)
     if found is None:
         assert kind in ("norms", "bias"), "too many come into question"
         return
@@ -66,9 +68,12 @@ def test_a_screen_finds_the_largest(kind: str, k: int) -> None:
     assert int((dense > 0).sum(1).max()) <= k
 
 
-@needs_bfloat16
+BOTH = [pytest.param("bfloat16", marks=needs_bfloat16), "int8"]
+
+
+@pytest.mark.parametrize("screen", BOTH)
 @pytest.mark.parametrize("name", ["standard", "topk", "batchtopk"])
-def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_screened_steps_are_the_unscreened_ones(name: str, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In 2048 rows they select the same features, and gradients agree to float32's last digits."""
     config = {
         "standard": StandardConfig(d_sae=2048, l1_coefficient=0.1),
@@ -77,10 +82,12 @@ def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.M
     }[name]
     x = torch.randn(2048, 256, generator=seeded(1))
     found = []
+    looking_in_int8(monkeypatch)
     for why in (None, "as the test wants"):
         monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)
         calls = count_screens(monkeypatch)
         sae = built(config, d_in=256, bias=-20.0 if name == "standard" else 0.0)
+        sae.kernels = "int8" if screen == "int8" else "auto"
         result = sae.training_step(x, StepInput(step=0, generator=seeded()))
         assert bool(calls) == (why is None)
         found.append((result, {name: value.grad for name, value in sae.named_parameters()}))
@@ -93,10 +100,12 @@ def test_screened_steps_are_the_unscreened_ones(name: str, monkeypatch: pytest.M
         assert torch.allclose(gradients[key], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max())), key
 
 
-@needs_bfloat16
-def test_where_many_are_active_nothing_is_screened(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("screen", BOTH)
+def test_where_many_are_active_nothing_is_screened(screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = count_screens(monkeypatch)
+    looking_in_int8(monkeypatch)
     sae = built(StandardConfig(d_sae=2048), d_in=64)
+    sae.kernels = "int8" if screen == "int8" else "auto"
     sae.training_step(torch.randn(600, 64, generator=seeded()), StepInput(step=0, generator=seeded()))
     assert not calls
 
@@ -108,9 +117,19 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert why(torch.device("cuda"), torch.float32, 4096) == "not on cuda"
     assert why(cpu, torch.float32, 100) == "not for fewer than 1024 features"
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: False)
+    monkeypatch.setattr(saekit.kernels.screen, "why_no_int8_products", lambda: "this CPU has no AVX-512 VNNI")
     assert why(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
     assert built(StandardConfig(d_sae=2048)).step_path() == (
         "fast kernels, no first look in bfloat16: this CPU has no bfloat16 products"
+    )
+    sae = built(StandardConfig(d_sae=2048))
+    sae.kernels = "int8"
+    assert sae.step_path() == "plain torch: no first look in int8: this CPU has no AVX-512 VNNI"
+    looking_in_int8(monkeypatch)
+    assert sae.step_path() == "fast kernels, a first look in int8"
+    sae.kernels = "auto"
+    assert sae.step_path() == (
+        'fast kernels, no first look in bfloat16: this CPU has no bfloat16 products; kernels = "int8" takes one in int8'
     )
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None
@@ -127,9 +146,10 @@ def test_a_library_that_is_held_to_less_makes_no_bfloat16_products(
     assert has_bfloat16_products.__wrapped__() is has
 
 
-def test_two_screens_at_once() -> None:
+@pytest.mark.parametrize("screen", SCREENS)
+def test_two_screens_at_once(screen: str) -> None:
     (one, rows), (two, _) = screened(64, 2048, "plain", seed=1), screened(64, 2048, "plain", seed=7)
-    first, second = Screen(one), Screen(two)
+    first, second = SCREENS[screen](one), SCREENS[screen](two)
     alone = first.active(rows, 0.0)
     second.active(rows, 0.0)
     again = first.active(rows, 0.0)
@@ -138,7 +158,8 @@ def test_two_screens_at_once() -> None:
     assert torch.equal(alone.dense(), again.dense())
 
 
-def test_a_bias_that_rounds_far_does_not_hide_the_largest() -> None:
+@pytest.mark.parametrize("screen", SCREENS)
+def test_a_bias_that_rounds_far_does_not_hide_the_largest(screen: str) -> None:
     """Bounds are raised by different amounts, which the lower bounds must know of: the second feature is the largest.
 
     Weights and rows lose nothing in bfloat16, and the bias of the first feature loses almost 4.
@@ -151,17 +172,19 @@ def test_a_bias_that_rounds_far_does_not_hide_the_largest() -> None:
     encoder = Encoder(weights.T, bias)
     pre = rows @ encoder.W_enc + bias
     assert pre[0, 1] > pre[0, 0] > 0
-    found = Screen(encoder).top(rows, 1)
+    found = SCREENS[screen](encoder).top(rows, 1)
     assert found is not None
     assert found.features.unique().tolist() == [1]
 
 
+@pytest.mark.parametrize("screen", SCREENS)
 @pytest.mark.parametrize("rescale", [True, False])
-def test_a_screened_threshold(rescale: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_screened_threshold(rescale: bool, screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outside training, of a BatchTopK SAE: one number, or one for each feature."""
     sae = built(BatchTopKConfig(d_sae=2048, k=8, rescale_acts_by_decoder_norm=rescale), d_in=64)
     x = torch.randn(700, 64, generator=seeded(1))
     sae.training_step(x, StepInput(step=0, generator=seeded()))
+    sae.kernels = "int8" if screen == "int8" else "auto"
     found = []
     for why in (None, "as the test wants"):
         monkeypatch.setattr(saekit.kernels.screen, "why_no_screen", lambda *args, why=why: why)

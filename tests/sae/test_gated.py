@@ -15,7 +15,7 @@ from saekit_plugins.architectures.gated import GatedConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from safetensors.torch import load_file, save_file
 from support import levels
-from support.kernels import seeded
+from support.kernels import count_screens, looking_in_int8, seeded
 from support.levels import Golden, check_loss, close, must_agree, must_be_slopes, stepped
 from support.saved import READER, sae_lens_python
 from support.training import fakes, run_config
@@ -167,13 +167,18 @@ def test_gates_alone_learn_from_the_second_reconstruction() -> None:
     assert free.losses["auxiliary_reconstruction_loss"] > 0
 
 
-def test_a_screen_misses_no_open_gate() -> None:
+@pytest.mark.parametrize("kernels", ["auto", "int8"])
+def test_a_screen_misses_no_open_gate(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the CPU has bfloat16 products, and where it has none."""
     sae = built(-9.0, ports=64, d_sae=2048, dtype="float32")
+    sae.kernels = kernels
+    looking_in_int8(monkeypatch)
+    calls = count_screens(monkeypatch)
     x = torch.randn(400, 64, generator=seeded(2))
     with torch.no_grad():
         found, expected = sae.encode(x), sae.features_of(sae.pre_activations(x))
     assert 0 < (expected > 0).float().mean() < 0.05
+    assert calls or kernels == "auto"
     assert torch.allclose(found, expected, atol=1e-5)
     assert bool((sae.encode_sparse(x).values > 0).all())
 

@@ -16,7 +16,7 @@ from saekit import SAE
 from saekit.config import SAEConfig
 from saekit.kernels import Encoder, SparseFeatures
 from saekit.kernels.private_torch import has_bfloat16_products
-from saekit.kernels.screen import Screen
+from saekit.kernels.screen import Bfloat16Screen, Int8Screen, Screen
 from saekit.sae.build import build_module
 from saekit.training.optimizer import ScheduledOptimizer
 
@@ -66,8 +66,14 @@ def screened(d_in: int, d_sae: int, kind: str, seed: int = 0) -> tuple[Encoder, 
     return Encoder(weights.T, bias), rows
 
 
+SCREENS: dict[str, type[Screen]] = {"bfloat16": Bfloat16Screen, "int8": Int8Screen}
 HARD = ["plain", "norms", "outliers", "bias", "exact"]
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16_products(), reason="this CPU has no bfloat16 products")
+
+
+def looking_in_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the CPU had products of 8-bit integers: they are made in float32, as exactly."""
+    monkeypatch.setattr(saekit.kernels.screen, "why_no_int8_products", lambda: None)
 
 
 def count_screens(monkeypatch: pytest.MonkeyPatch) -> list[int]:

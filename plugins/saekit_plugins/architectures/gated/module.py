@@ -155,7 +155,7 @@ class GatedKernel(SparseKernel["GatedSAE"]):
 
     def encoder(self, sae: Any, workspace: Workspace) -> Encoder:
         zeros, split = torch.zeros_like(sae.b_gate), sae.share.parts > 1
-        return Encoder(sae.W_enc.detach(), zeros, workspace, by_chunk=split)
+        return Encoder(sae.W_enc.detach(), zeros, workspace, by_chunk=split, int8=sae.kernels == "int8")
 
     def _open(self, sae: GatedSAE, rows: Tensor, workspace: Workspace) -> Iterator[tuple[int, Features]]:
         """``x̄ W_enc``, group by group: of what exceeds ``−b_gate``, or of all features and few rows."""

@@ -81,8 +81,8 @@ class SAETrainer:
         """Itself; :class:`ConfigError` where it cannot train in the way that was asked for."""
         if self.training.kernels in ("fast", "int8") and (reason := self.why_reference()) is not None:
             raise ConfigError(
-                [("training.kernels", f"is '{self.training.kernels}', but there is no fast way to train this SAE: {reason}. Choose "
-                  "'auto', which takes it where there is one")]
+                [("training.kernels", f"is '{self.training.kernels}', but there is no fast way to train this SAE: {reason}. "
+                  "Choose 'auto', which takes it where there is one")]
             )  # fmt: skip
         other = None
         if self.rounds_products:

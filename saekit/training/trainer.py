@@ -26,7 +26,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
-from saekit.training.together import of_whole_batch
+from saekit.training.together import check_names, of_whole_batch
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -62,6 +62,8 @@ class SAETrainer:
     watched: Callable[[str], AbstractContextManager[None]] = lambda doing: nullcontext()
     """Around each call of the SAE's own code, to say whose it is where it fails."""
     _finetuning: bool = attrs.field(default=False, init=False)
+    _names_agree: bool = attrs.field(default=False, init=False)
+    """Whether all processes give losses and metrics of the same names, as their first step showed."""
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
     """The scale, and what is made of it."""
     _recent: Tensor | None = attrs.field(default=None, init=False)
@@ -142,6 +144,9 @@ class SAETrainer:
         self.sae.share = share
         with self.watched("training_step"):
             result = self._gradients(x, y, batch)
+            if not self._names_agree:
+                check_names(share, result)
+                self._names_agree = True
         result, factor = of_whole_batch(self.sae, share, result, len(x))
         with self.watched("before_update"):
             self.sae.before_update()

@@ -319,7 +319,7 @@ def _save_after(
         problem = _INTERRUPTED_TOO
     elif not left_by_all(error, session.world.all):
         problem = "the other processes of the run need not be at the same step"
-    elif session.batches and not saving.failed:
+    elif session.batches:
         try:
             enough = _SLOW if isinstance(error, KeyboardInterrupt) else math.inf
             saved, record = _saved(session, record, saving, enough)
@@ -355,6 +355,9 @@ def _save_after(
 def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -> tuple[Path | None, RunRecord]:
     """Save the session, in a new run folder if the run's own is lost; returns the checkpoint, and the run it is of."""
     try:
+        if saving.failed:  # what could not be written a moment ago, unless that was why
+            saving.check_folder()
+            return None, record
         return saving.save(enough), record
     except RunFolderLostError:
         rescued = session.world.all.once(lambda: _rescued(session, record))

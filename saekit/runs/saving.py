@@ -167,7 +167,13 @@ class Saving:
 
     def settle(self) -> None:
         """Wait until nothing is being written any more, and say what became of it; all processes must ask."""
-        done_by_all(self._session.world.all, lambda: self._look(wait=True), kinds=_KINDS)
+        try:
+            done_by_all(self._session.world.all, lambda: self._look(wait=True), kinds=_KINDS)
+        except RunFolderLostError:
+            raise
+        except _NOT_NOW:
+            self.failed = self._several
+            raise
 
     @property
     def _several(self) -> bool:
@@ -192,7 +198,6 @@ class Saving:
         self._now = None
         self._warn(now)
         kept = isinstance(now.writing.error, _NOT_NOW) and not isinstance(now.writing.error, RunFolderLostError)
-        self.failed |= kept and self._several
         if kept and not self._several:
             assert now.writing.error is not None
             self._tell(now.writing.error, now.batches, finished=now.finished)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import sys
 import time
@@ -81,7 +80,7 @@ def _no_memory(trainer: SAETrainer) -> None:
 
 
 def _no_folder(trainer: SAETrainer) -> None:
-    shutil.rmtree(os.environ["RUN"])
+    Path(os.environ["RUN"]).rename(os.environ["RUN"] + "-away")
 
 
 def _terminated_in(name: str) -> Callable[[SAETrainer], None]:

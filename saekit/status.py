@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any, Self, TypeAlias
 
@@ -26,14 +26,16 @@ Say: TypeAlias = Callable[[str], object]
 """Is told what is being done from now on, in words: ``loading the model gpt2``."""
 
 _SECONDS_BETWEEN_LINES = 2.0  # at first; as time goes on, a fiftieth of it
+_SECONDS_OF_WAITING = (2.0, 5.0, 10.0, 30.0)  # before a line that says that nothing is new, and before all others
 _MOST_BETWEEN_LINES = 60.0
 
 
 class Lines:
     """Lines that are not a flood: of those that are offered, one now and then is shown, and the last."""
 
-    def __init__(self, console: Console) -> None:
-        self._console, self._lock = console, threading.Lock()
+    def __init__(self, console: Console, pauses: Sequence[float] = ()) -> None:
+        """``pauses``: seconds before the first line, the second and so on, and before all after the last of them."""
+        self._console, self._pauses, self._lock = console, list(pauses), threading.Lock()
         self._unsaid = self._said = ""  # the newest line, if it came too soon after another; and the last one shown
         self.begin()
 
@@ -45,7 +47,8 @@ class Lines:
     def due(self) -> bool:
         """Whether it is time for a line."""
         now = time.monotonic()
-        return now - self._last >= min(max((now - self._start) / 50, _SECONDS_BETWEEN_LINES), _MOST_BETWEEN_LINES)
+        pause = min(max((now - self._start) / 50, _SECONDS_BETWEEN_LINES), _MOST_BETWEEN_LINES)
+        return now - self._last >= (self._pauses[0] if self._pauses else pause)
 
     def offer(self, text: str) -> None:
         """Show ``text`` if it is time for a line."""
@@ -63,6 +66,8 @@ class Lines:
             if self._unsaid and self._unsaid != self._said:
                 self.say(self._unsaid)
                 self._last, self._said = time.monotonic(), self._unsaid
+                if len(self._pauses) > 1:
+                    del self._pauses[0]
             self._unsaid = ""
 
     def say(self, text: str) -> None:
@@ -97,7 +102,7 @@ class Status:
         else:
             self.rest()
             self._console.print(f"{text} ...", highlight=False, markup=False, soft_wrap=True)
-            start, lines = time.monotonic(), Lines(self._console)
+            start, lines = time.monotonic(), Lines(self._console, _SECONDS_OF_WAITING)
             self._beat = Beat(lambda: lines.offer(f"  still {text} ({time.monotonic() - start:.0f} s)"))
 
     @property

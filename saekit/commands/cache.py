@@ -15,7 +15,6 @@ from saekit.data.cache.write import CacheWriter
 from saekit.data.contexts import Contexts
 from saekit.data.corpus import Corpus
 from saekit.data.stream import StreamContext, kept_of
-from saekit.distributed.patience import at_work
 from saekit.distributed.world import World, open_world, uses_cuda
 from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
@@ -66,7 +65,7 @@ def _written(
     contexts_asked = cached_contexts(config, most)
     wanted = contexts_asked * most if said is None or not said.contexts else cached_rows(config)
     folder = Path(config.activations.cache.folder)
-    with at_work(world), _writer(folder, plan_cache(config, stream, corpus.context_size), world) as writer:
+    with _writer(folder, plan_cache(config, stream, corpus.context_size), world) as writer:
         there = writer.manifest
         if there.ended:
             writer.check_space(there.contexts, there.rows)

@@ -14,7 +14,7 @@ from saekit._version import __version__
 from saekit.abilities import Accumulates
 from saekit.commands.material import Group
 from saekit.commands.subjects import Subject
-from saekit.distributed.patience import by_first
+from saekit.distributed.agreement import by_first
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError
 from saekit.evals.calling import called
@@ -76,7 +76,7 @@ def measured_together(
         sums = [{**some, **more} for some, more in zip(shared or [], left or [], strict=True)]
         return _joined(group, chosen, evals, made, measured, sums, digest)
 
-    return by_first(world, rest) or {}
+    return by_first(world.all, rest) or {}
 
 
 def _sums(group: Group, measured: list[Measured], world: World, *, verbose: bool) -> list[dict[str, Any]] | None:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import CopiesState, Pauses, SharesRows, TakesStates
+from saekit.distributed.agreement import done_by_all
 from saekit.distributed.group import Group
 from saekit.distributed.world import World
-from saekit.errors import DataError
+from saekit.errors import DataError, SaekitError
 from saekit.protocols import ActivationSource
 from saekit.site import Site
 from saekit.values import Batch
@@ -94,7 +95,11 @@ class SpreadSource:
         """
         if not self._shares:
             return self._world.all.once(lambda: {site: rows.cpu() for site, rows in self._source.peek().items()})
-        own = {site: rows.cpu() for site, rows in self._source.peek().items()}
+        own = done_by_all(
+            self._world.all,
+            lambda: {site: rows.cpu() for site, rows in self._source.peek().items()},
+            kinds=(SaekitError,),
+        )
         counts = self._world.all.objects([len(rows) for rows in own.values()])
         return {
             site: torch.cat(self._world.all.gather_rows(rows, [each[number] for each in counts]))

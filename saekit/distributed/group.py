@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from saekit.compiling import not_compiled
+from saekit.distributed.patience import Meeting
 from saekit.errors import LostProcessError, SaekitError
+from saekit.reasons import error_text
 
-__all__ = ["ONE", "Group", "JoinedGroup"]
+__all__ = ["ONE", "Group", "JoinedGroup", "MetGroup"]
 
 T = TypeVar("T")
 
@@ -57,8 +59,15 @@ class Group:
         """The ``value [n, ...]`` of every process, in their order, where ``counts`` are the ``n`` of all."""
         return [value]
 
+    def words(self, word: str = "") -> list[str] | None:
+        """Wait until all have come, as long as all are there; what each says: nothing, or why it cannot go on.
+
+        None, where this one cannot, and the others do not come soon.
+        """
+        return [word]
+
     def objects(self, value: T) -> list[T]:
-        """The plain objects of every process, in their order."""
+        """The plain objects of every process, in their order; however late one of them comes."""
         return [value]
 
     def hand(self, value: Tensor, to: int) -> None:
@@ -67,6 +76,14 @@ class Group:
 
     def taken(self, shape: Sequence[int], dtype: torch.dtype, of: int) -> Tensor:
         """What the process of this number hands to this one."""
+        raise RuntimeError("there is no other process")
+
+    def say(self, word: int, to: int) -> None:
+        """A word, below 256, to the process of this number."""
+        raise RuntimeError("there is no other process")
+
+    def heard(self, of: int) -> int:
+        """The next word of the process of this number to this one; however late it comes."""
         raise RuntimeError("there is no other process")
 
     def at_first(self, value: T) -> list[T] | None:
@@ -101,13 +118,23 @@ def _answered() -> Iterator[None]:
         raise LostProcessError(f"another process of the run has gone, or does not answer: {told}") from error
 
 
-class JoinedGroup(Group):
-    """A group of several processes, around one of torch's."""
+class MetGroup(Group):
+    """Processes that have no group of torch's: they wait for each other, and say why one of them cannot go on."""
 
-    def __init__(self, group: Any) -> None:
+    def __init__(self, rank: int, meeting: Meeting) -> None:
+        self.rank, self.size, self._meeting = rank, meeting.size, meeting
+
+    def words(self, word: str = "") -> list[str] | None:
+        return self._meeting.words(word)
+
+
+class JoinedGroup(Group):
+    """A group of several processes, around one of torch's, and where they meet: without that, all is by collectives."""
+
+    def __init__(self, group: Any, meeting: Meeting | None = None) -> None:
         import torch.distributed as dist
 
-        self._dist, self._joined = dist, group
+        self._dist, self._joined, self._meeting = dist, group, meeting
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
     @property
@@ -118,6 +145,10 @@ class JoinedGroup(Group):
                 "features are split, works until open_world ends. Load the SAE that was saved"
             )
         return self._joined
+
+    @property
+    def _meets(self) -> Meeting | None:
+        return None if self._group is None else self._meeting  # an error, where the world has ended
 
     def close(self) -> None:
         # The engine's threads run for as long as anybody has the group.
@@ -205,8 +236,30 @@ class JoinedGroup(Group):
             self._dist.recv(found, group=self._group, group_src=of)
         return found.view(dtype).view(*shape)
 
+    def say(self, word: int, to: int) -> None:
+        if (meeting := self._meets) is not None:
+            meeting.say(word, to)
+        else:
+            self.hand(torch.tensor([word], dtype=torch.uint8, device="cpu"), to)
+
+    def heard(self, of: int) -> int:
+        return int(self.taken((1,), torch.uint8, of)) if (meeting := self._meets) is None else meeting.heard(of)
+
+    @not_compiled
+    def words(self, word: str = "") -> list[str] | None:
+        return self._exchanged(word) if (meeting := self._meets) is None else meeting.words(word)
+
     @not_compiled
     def objects(self, value: T) -> list[T]:
+        self._met()
+        return self._exchanged(value)
+
+    def _met(self) -> None:
+        """Wait for the others in the store; what is told then is of those that have come."""
+        if (meeting := self._meets) is not None:
+            meeting.words()
+
+    def _exchanged(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size
         with _answered():
             self._dist.all_gather_object(found, value, group=self._group)
@@ -214,6 +267,7 @@ class JoinedGroup(Group):
 
     @not_compiled
     def at_first(self, value: T) -> list[T] | None:
+        self._met()
         found: list[Any] | None = [None] * self.size if self.rank == 0 else None
         with _answered():
             self._dist.gather_object(value, found, group=self._group, group_dst=0)
@@ -225,14 +279,14 @@ class JoinedGroup(Group):
         failure: BaseException | None = None
         if self.rank == 0:
             try:
-                told = [(work(), None)]
+                told = [work()]
             except Exception as error:
-                failure, told = error, [(None, f"{type(error).__name__}: {error}")]
-        with _answered():
-            self._dist.broadcast_object_list(told, group=self._group, group_src=0)
+                failure = error
+        words = self.words("" if failure is None else error_text(failure))
         if failure is not None:
             raise failure
-        found, problem = told[0]
-        if problem is not None:
-            raise SaekitError(f"the first process failed: {problem}")
-        return found  # type: ignore[no-any-return]
+        if words is not None and words[0]:
+            raise SaekitError(f"the first process failed: {words[0]}")
+        with _answered():
+            self._dist.broadcast_object_list(told, group=self._group, group_src=0)
+        return told[0]  # type: ignore[no-any-return]

@@ -3,14 +3,13 @@
 Only the first process writes: the parts of a matrix lie side by side in its rows, so that several writers would share
 pages of one file, which network file systems (NFS) do not keep apart, and the checksum of what they wrote would be one
 more reading.  It asks for each piece when there is room for it, so that no process holds more than its part and a few
-pieces, and each is told how it ends, so that none waits for one that failed.
+pieces, and each is told how it ends, so that none waits for one that failed.  However slow the disk, they wait for it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import attrs
@@ -25,9 +24,7 @@ __all__ = ["Collecting", "Parted", "collecting", "hand_over", "own_pieces"]
 
 _PIECE = 1 << 23
 """Bytes that are handed over together."""
-_PATIENCE = 5.0
-"""Seconds after which those that have to wait are told that all is well."""
-_NEXT, _WAIT, _DONE, _FAILED, _HERE = range(5)
+_NEXT, _DONE, _FAILED, _HERE = range(4)
 
 
 class Collecting:
@@ -35,25 +32,18 @@ class Collecting:
 
     def __init__(self, group: Group, parts: int) -> None:
         self._group, self._others = group, range(1, parts)
-        self._told = time.monotonic()
 
     def piece(self, process: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The next one of another process."""
-        _say(self._group, _NEXT, process)
-        if _heard(self._group, process) != _HERE:
+        self._group.say(_NEXT, process)
+        if self._group.heard(process) != _HERE:
             raise OthersFailedError(f"process {process} could not hand its part over")
         return self._group.taken(shape, dtype, process)
 
-    def all_is_well(self) -> None:
-        """Let the others know from time to time, for they wait no longer than for ``distributed.timeout_s``."""
-        if time.monotonic() - self._told > _PATIENCE:
-            self.tell(_WAIT)
-
     def tell(self, word: int) -> None:
         """All others."""
-        self._told = time.monotonic()
         for process in self._others:
-            _say(self._group, word, process)
+            self._group.say(word, process)
 
 
 @contextlib.contextmanager
@@ -80,30 +70,20 @@ def hand_over(group: Group, pieces: Iterator[Tensor], go_on: Callable[[], None])
     :class:`OthersFailedError` where the first process, or another, fails.
     """
     failure: BaseException | None = None
-    while (word := _heard(group, 0)) in (_NEXT, _WAIT):
-        if word == _WAIT:
-            continue
+    while (word := group.heard(0)) == _NEXT:
         try:
             go_on()
             piece = next(pieces)
         except BaseException as error:
             failure = error
-            _say(group, _FAILED, 0)
+            group.say(_FAILED, 0)
         else:
-            _say(group, _HERE, 0)
+            group.say(_HERE, 0)
             group.hand(piece, 0)
     if failure is not None:
         raise failure
     if word == _FAILED:
         raise OthersFailedError("the first process could not write what all have parts of")
-
-
-def _say(group: Group, word: int, to: int) -> None:
-    group.hand(torch.tensor([word], dtype=torch.uint8, device="cpu"), to)
-
-
-def _heard(group: Group, of: int) -> int:
-    return int(group.taken((1,), torch.uint8, of))
 
 
 @attrs.frozen
@@ -167,7 +147,6 @@ class Parted:
         """The whole in its order, a piece at a time."""
         flat = self.own.reshape(_folded(self.own.shape, self.along))
         for block in _blocks(self.own.shape, self.along, self.own.itemsize, self.parts):
-            self.others.all_is_well()
             mine = flat[block.outer, block.features]
             if block.part is None:
                 others = [self.others.piece(one, mine.shape, self.dtype) for one in range(1, self.parts)]

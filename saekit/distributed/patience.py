@@ -1,146 +1,208 @@
-"""Waiting for a process as long as it is at work, however long that takes.
+"""Processes that wait for each other as long as all are there, however long one of them is at work.
 
-In a collective, processes wait for each other until ``distributed.timeout_s``.  Where one has something to do that
-takes its time, it says from time to time that it is there, in the store that all can read, and the others wait.
+In a collective of the engine's they wait until ``distributed.timeout_s``, which is for the messages of a step.  What
+else they agree on may take any time: a disk is slow, or one process measures what the others do not.  There, each says
+in torch's store that it has come; and as long as a run lasts it says there from time to time that it is there, from a
+thread, whatever it does meanwhile.  So one that has gone, or says nothing for ``distributed.timeout_s``, is named.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from saekit.distributed.world import World
 from saekit.errors import LostProcessError
 
-__all__ = ["at_work", "by_first", "met"]
+__all__ = ["Meeting", "Patience"]
 
 T = TypeVar("T")
 
 _BEAT = 1.0
 """Seconds after which a process says again that it is there."""
-_SOONEST, _LATEST = 0.01, 0.5
+_SOONEST, _LATEST = 0.0005, 0.5
 """Seconds after which one looks again for what it waits for: later and later."""
+_LONG = 0.3
+"""Seconds after which it looks whether the others are there."""
+_AT_ONCE = 8
+"""Of so many others at a time: all of many would ask the store for all of many."""
+_FAILED = 5.0
+"""Seconds in which one that has failed waits for the others: it may be it that they wait for, in a collective."""
 
 
-@contextlib.contextmanager
-def at_work(world: World) -> Iterator[None]:
-    """While the context is open, this process says that it is there: in a thread, whatever it does meanwhile."""
-    if world.store is None:
-        yield
-        return
-    ended = threading.Event()
-    _asked(world, lambda: world.store.set(f"place/{world.rank}", f"{_machine()} {os.getpid()}"))
+class Patience:
+    """Of the process ``rank`` of a world, by a ``store`` of torch's that all of it can write to and read."""
 
-    def beat() -> None:
-        number = 0
-        with contextlib.suppress(RuntimeError):  # the store has gone, which who asks it next finds out
-            while not ended.is_set():
-                world.store.set(f"beat/{world.rank}", str(number := number + 1))
-                ended.wait(min(_BEAT, world.timeout_s / 4))
+    def __init__(self, store: Any, rank: int, timeout_s: float) -> None:
+        self.store, self.rank = store, rank
+        self._timeout_s = timeout_s
 
-    thread = threading.Thread(target=beat, name="saekit-beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(min(world.timeout_s, threading.TIMEOUT_MAX))  # where the store hangs, so does the thread
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """While the context is open, this process says that it is there."""
+        ended = threading.Event()
+        self.asked(lambda: self.store.set(f"place/{self.rank}", f"{_machine()} {os.getpid()}"))
 
+        def beat() -> None:
+            with contextlib.suppress(RuntimeError):  # the store has gone, which who asks it next finds out
+                for number in itertools.count():
+                    self.store.set(f"beat/{self.rank}", str(number))
+                    if ended.wait(min(_BEAT, self._timeout_s / 4)):
+                        self.store.set(f"gone/{self.rank}", "")
+                        return
 
-def by_first(world: World, work: Callable[[], T]) -> T | None:
-    """What ``work`` returns, in the first process; the others wait until it is done, as long as the first is there.
-
-    None in these, in which :class:`LostProcessError` is raised where the first has ended.
-    """
-    number = next(world.turns)
-    if world.size == 1:
-        return work()
-    if world.store is None:
-        found = work() if world.main else None
-        world.all.objects(None)
-        return found
-    if not world.main:
-        _wait_for(world, 0, f"done/{number}")
-        return None
-    with at_work(world):
-        found = work()
-    _asked(world, lambda: world.store.set(f"done/{number}", ""))
-    return found
-
-
-def met(world: World) -> None:
-    """Wait until all processes have come here, as long as those that have not are there and :func:`at_work`."""
-    number = next(world.turns)
-    if world.size == 1 or world.store is None:
-        return
-    _asked(world, lambda: world.store.set(f"met/{number}/{world.rank}", ""))
-    for rank in range(world.size):
-        if rank != world.rank:
-            _wait_for(world, rank, f"met/{number}/{rank}")
-
-
-def _asked(world: World, work: Callable[[], T]) -> T:
-    """What ``work`` finds in the store; :class:`LostProcessError` where the process that has it has gone, or hangs.
-
-    In a thread: torch's store waits for an answer without an end.
-    """
-    found: list[T] = []
-    failed: list[RuntimeError] = []
-
-    def ask() -> None:
+        thread = threading.Thread(target=beat, name="saekit-beat", daemon=True)
+        thread.start()
         try:
-            found.append(work())
-        except RuntimeError as error:
-            failed.append(error)
+            yield
+        finally:
+            ended.set()
+            thread.join(min(self._timeout_s, _FAILED))  # where the store hangs, so does the thread
 
-    thread = threading.Thread(target=ask, name="saekit-store", daemon=True)
-    thread.start()
-    thread.join(min(world.timeout_s, threading.TIMEOUT_MAX))
-    if found:
-        return found[0]
-    silent = f"the process by which they tell each other has said nothing for {world.timeout_s:g} s"
-    why = failed[0] if failed else f"{silent} (distributed.timeout_s)"
-    raise LostProcessError(f"another process of the run has gone, or does not answer: {why}") from next(
-        iter(failed), None
-    )
+    def until(self, there: Callable[[], T | None], whom: Sequence[int], most: float | None = None) -> T | None:
+        """What ``there`` finds in the store, when it does, as long as each of the processes ``whom`` is there.
 
+        None when so many seconds have gone by, where ``most`` says so.
+        """
+        begun = looked = time.monotonic()
+        pause, others, heard = _SOONEST, itertools.cycle(whom), dict[int, tuple[str, float]]()
+        while (found := self.asked(there)) is None:
+            now = time.monotonic()
+            if most is not None and now - begun > most:
+                return None
+            if now - looked > _LONG:
+                looked = now
+                for rank in itertools.islice(others, min(len(whom), _AT_ONCE)):
+                    # One that came and has ended since then is not waited for.
+                    if (why := self._why_not_there(rank, heard)) and self.asked(there) is None:
+                        raise LostProcessError(f"another process of the run has gone, or does not answer: {why}")
+            time.sleep(pause)
+            pause = min(1.3 * pause, _LATEST)
+        return found
 
-def _wait_for(world: World, rank: int, key: str) -> None:
-    """Until the process ``rank`` has set ``key``; :class:`LostProcessError` when it has ended, or says nothing."""
-    heard, at, pause = "", time.monotonic(), _SOONEST
+    def _why_not_there(self, rank: int, heard: dict[int, tuple[str, float]]) -> str:
+        """Why another process need not be waited for, in words, or nothing; its last words are ``heard``."""
 
-    def look() -> tuple[bool, bool, str]:
-        """Whether the key is there; else whether the process has ended, and its last beat."""
-        if world.store.check([key]):
-            return True, False, ""
-        ended = _told(world, f"ended/{rank}") is not None or _is_gone(_told(world, f"place/{rank}"))
-        return False, ended, _told(world, f"beat/{rank}") or ""
+        def look() -> tuple[bool, str]:
+            ended = self.store.check([f"ended/{rank}"]) or self.store.check([f"gone/{rank}"])
+            return ended or _is_gone(self._told(f"place/{rank}")), self._told(f"beat/{rank}") or ""
 
-    while True:
-        there, ended, beat = _asked(world, look)
-        if there:
-            return
+        ended, beat = self.asked(look)
         if ended:
-            raise LostProcessError(f"another process of the run has gone, or does not answer: process {rank}")
-        if beat != heard:
-            heard, at = beat, time.monotonic()
-        elif time.monotonic() - at > world.timeout_s:
-            raise LostProcessError(
-                f"another process of the run has gone, or does not answer: process {rank} has said nothing for "
-                f"{world.timeout_s:g} s (distributed.timeout_s)"
-            )
-        time.sleep(pause)
-        pause = min(1.3 * pause, _LATEST)
+            return f"process {rank}"
+        now = time.monotonic()
+        before, since = heard.setdefault(rank, (beat, now))
+        if beat != before:
+            heard[rank] = beat, now
+        elif now - since > self._timeout_s:
+            return f"process {rank} has said nothing for {self._timeout_s:g} s (distributed.timeout_s)"
+        return ""
+
+    def _told(self, key: str) -> str | None:
+        return str(self.store.get(key).decode()) if self.store.check([key]) else None
+
+    def asked(self, work: Callable[[], T]) -> T:
+        """What ``work`` finds in the store; :class:`LostProcessError` where the process that has it has gone, or hangs.
+
+        In a thread: torch's store waits for an answer without an end.
+        """
+        found: list[T] = []
+        failed: list[RuntimeError] = []
+
+        def ask() -> None:
+            try:
+                found.append(work())
+            except RuntimeError as error:
+                failed.append(error)
+
+        thread = threading.Thread(target=ask, name="saekit-store", daemon=True)
+        thread.start()
+        thread.join(min(self._timeout_s, threading.TIMEOUT_MAX))
+        if found:
+            return found[0]
+        silent = f"the process by which they tell each other has said nothing for {self._timeout_s:g} s"
+        why = failed[0] if failed else f"{silent} (distributed.timeout_s)"
+        raise LostProcessError(f"another process of the run has gone, or does not answer: {why}") from next(
+            iter(failed), None
+        )
 
 
-def _told(world: World, key: str) -> str | None:
-    return str(world.store.get(key).decode()) if world.store.check([key]) else None
+class Meeting:
+    """Where the processes ``ranks`` of a world meet, again and again: all in one order, one thread of each.
+
+    ``name`` is that of no other meeting of the world.
+    """
+
+    def __init__(self, patience: Patience, name: str, ranks: Sequence[int]) -> None:
+        self._patience, self._name, self._ranks = patience, name, list(ranks)
+        self._others = [rank for rank in ranks if rank != patience.rank]
+        self._turn, self._words = 0, Counter[tuple[int, int]]()
+        self.size = len(self._ranks)
+
+    def words(self, word: str = "") -> list[str] | None:
+        """What each says, by their order, when all have come: nothing, or why it cannot do what all do.
+
+        None, where this one cannot and the others do not come soon: they may wait for it elsewhere.  They find what it
+        has said when they come.
+        """
+        own, store, place = self._patience.rank, self._patience.store, f"{self._name}/{self._turn}"
+        left = f"{self._name}/{self._turn - 2}"  # by all, for all have come to the one after it
+        self._turn += 1
+
+        def come() -> None:
+            if word:
+                store.set(f"{place}/word/{own}", word)
+                store.add(f"{place}/words", 1)
+            store.add(f"{place}/here", 1)
+            if own == self._ranks[0]:
+                store.delete_key(f"{left}/here")
+
+        def all_here() -> bool | None:
+            return True if int(store.add(f"{place}/here", 0)) == len(self._ranks) else None
+
+        def said() -> list[str]:
+            if not int(store.add(f"{place}/words", 0)):
+                return [""] * len(self._ranks)
+            keys = [f"{place}/word/{rank}" for rank in self._ranks]
+            return [str(store.get(key).decode()) if store.check([key]) else "" for key in keys]
+
+        self._patience.asked(come)
+        if self._patience.until(all_here, self._others, _FAILED if word else None) is None:
+            return None
+        return self._patience.asked(said)
+
+    def say(self, word: int, to: int) -> None:
+        """A word to the process of this number among them, which comes to hear it."""
+        key, store = self._key(self._patience.rank, self._ranks[to]), self._patience.store
+        self._patience.asked(lambda: store.set(key, str(word)))
+
+    def heard(self, of: int) -> int:
+        """The next word of the process of this number to this one."""
+        rank, store = self._ranks[of], self._patience.store
+        key = self._key(rank, self._patience.rank)
+
+        def word() -> int | None:
+            if not store.check([key]):
+                return None
+            found = int(store.get(key))
+            store.delete_key(key)
+            return found
+
+        found = self._patience.until(word, [rank])
+        assert found is not None
+        return found
+
+    def _key(self, of: int, to: int) -> str:
+        number = self._words[of, to]
+        self._words[of, to] += 1
+        return f"{self._name}/{of}-{to}/{number}"
 
 
 def _is_gone(place: str | None) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import functools
 import itertools
-import math
 import os
 import signal
 import threading
@@ -20,12 +19,14 @@ from typing import Any
 import attrs
 
 from saekit.config import DistributedConfig, TrainConfig
-from saekit.distributed.group import Group, JoinedGroup
+from saekit.distributed.agreement import by_first
+from saekit.distributed.group import Group, JoinedGroup, MetGroup
 from saekit.distributed.launched import Launched, check_mesh
+from saekit.distributed.patience import Meeting, Patience
 from saekit.distributed.share import WHOLE, Share
 from saekit.distributed.telling import Telling
 
-__all__ = ["ALONE", "World", "open_world", "trains_on_cuda", "uses_cuda"]
+__all__ = ["ALONE", "World", "before_others", "open_world", "trains_on_cuda", "uses_cuda"]
 
 _STORES: dict[tuple[str | None, ...], Any] = {}
 """What the processes of this one's launch write to, by how it was launched; opened once, for all worlds."""
@@ -51,12 +52,6 @@ class World:
 
     telling: Telling = attrs.field(factory=Telling)
     """What they tell each other although some have gone."""
-    store: Any = None
-    """What all processes can write to and read, although some of them have gone: torch's store; None: there is none."""
-    timeout_s: float = math.inf
-    """Seconds in which each must say something, where others wait for it."""
-    turns: Iterator[int] = attrs.field(factory=itertools.count)
-    """Numbers what processes wait for, which all come to in one order."""
     saes: Group = attrs.field(factory=Group)
     """Those with the same rows, over which the SAEs of a sweep are laid out."""
 
@@ -151,6 +146,15 @@ def _joined(
         torch.cuda.set_device(launched.local_rank)
     timeout = datetime.timedelta(seconds=timeout_s)
     store, new_group = _engine(launched, timeout, ends, cuda=cuda)
+    patience = None if store is None else Patience(store, launched.rank, timeout_s)
+
+    def joined_by(name: str, group: Any) -> JoinedGroup:
+        ranks = torch.distributed.get_process_group_ranks(group)
+        meeting = None if patience is None else Meeting(patience, f"{name}-{ranks[0]}", ranks)
+        found = JoinedGroup(group, meeting)
+        ends.callback(found.close)
+        return found
+
     order = torch.arange(launched.size).view(data, features)
     groups = {}
     for name, lines in (("data", order.T), ("features", order)):
@@ -161,13 +165,13 @@ def _joined(
         [groups["data"], groups["features"]], "cuda" if cuda else "cpu", mesh=order, mesh_dim_names=tuple(groups)
     )
     several = [name for number, name in enumerate(groups) if order.shape[number] > 1]
-    joined = {name: JoinedGroup(mesh.get_group(name)) for name in several}
-    every, behind = JoinedGroup(new_group()), JoinedGroup(new_group(backend="gloo"))
-    for group in (*joined.values(), every, behind):
-        ends.callback(group.close)
+    joined = {name: joined_by(name, mesh.get_group(name)) for name in several}
+    every, behind = joined_by("all", new_group()), joined_by("behind", new_group(backend="gloo"))
+    if patience is not None:
+        ends.enter_context(patience.beating())
     data_group, features_group = (joined.get(name, Group()) for name in groups)
     telling = Telling(store, launched.rank, launched.size)
-    return World(every, data_group, features_group, behind, telling, store, timeout_s)
+    return World(every, data_group, features_group, behind, telling)
 
 
 def _engine(
@@ -185,12 +189,7 @@ def _engine(
 
         return None, new_group
     engine: Any = dist  # of which not all is typed
-    known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
-    if known not in _STORES:
-        found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
-        _STORES[known] = found[0]
-    number = next(_OPENED)
-    store = _STORES[known]
+    store, number = _store(launched, timeout), next(_OPENED)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         timeout=timeout,
@@ -200,6 +199,41 @@ def _engine(
     )
     ends.callback(dist.destroy_process_group)  # with all that are made of it
     return engine.PrefixStore(f"saekit-{number}", store), functools.partial(dist.new_group, timeout=timeout)
+
+
+def _store(launched: Launched, timeout: datetime.timedelta) -> Any:
+    """Of torch's, for all processes of the launch."""
+    import torch.distributed as dist
+
+    engine: Any = dist
+    known = tuple(map(os.environ.get, ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")))
+    if known not in _STORES:
+        found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
+        _STORES[known] = found[0]
+    return _STORES[known]
+
+
+def before_others(work: Callable[[], None]) -> None:
+    """Have the first of the processes that ``torchrun`` has started do ``work`` before any of them goes on.
+
+    They need not be in a world yet.  Where it fails, the others have :class:`StorageError`.
+    """
+    launched, wait = Launched.here(os.environ), DistributedConfig().timeout_s
+    if launched.size == 1:
+        work()
+        return
+    import torch.distributed as dist
+
+    engine: Any = dist
+    with contextlib.ExitStack() as ends:
+        if dist.is_initialized():
+            by_first(JoinedGroup(engine.group.WORLD), work)
+            return
+        with _ended_by_signals():
+            store = _store(launched, datetime.timedelta(seconds=wait))
+        patience = Patience(engine.PrefixStore(f"before-{next(_OPENED)}", store), launched.rank, wait)
+        ends.enter_context(patience.beating())
+        by_first(MetGroup(launched.rank, Meeting(patience, "all", range(launched.size))), work)
 
 
 @contextlib.contextmanager

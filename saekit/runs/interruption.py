@@ -66,10 +66,6 @@ class Interruption:
         self.signal, self._asked = signal.Signals(number), True
         self._echoes_until = time.monotonic() + _ECHOES
 
-    def forget(self) -> None:
-        """There is nothing left that a signal could stop."""
-        self._asked = False
-
     def act_at_once(self) -> None:
         """From now on, keep no signal back; :class:`KeyboardInterrupt`, if one has come."""
         self._at_once = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -11,7 +10,7 @@ from typing import TypeAlias
 import attrs
 from torch import Tensor
 
-from saekit.distributed.patience import at_work, by_first, met
+from saekit.distributed.agreement import by_first
 from saekit.evals.calling import Asked, Told, all_called, summed
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.building import blamed, unless_ours
@@ -37,8 +36,7 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
             held_out, mask = session.held_out_masked(member.config)
             groups.setdefault(id(held_out), (held_out, mask, []))[2].append(member)
     found: dict[str, dict[str, float | Histogram]] = {member.name: {} for member in members}
-    with at_work(session.world) if session.world.saes.size > 1 else contextlib.nullcontext():
-        _measure(session, groups.values(), found)
+    _measure(session, groups.values(), found)
     return _of_all(session, members, found)
 
 
@@ -63,8 +61,6 @@ def _of_all(
     session: Session, members: Collection[Member], found: Mapping[str, dict[str, float | Histogram]]
 ) -> dict[str, dict[str, float | Histogram]]:
     """``found`` with what other processes have of the SAEs that they train, who are waited for while they measure."""
-    if session.world.saes.size > 1:
-        met(session.world)
     own = {member.name: (found[member.name], member.remarks) for member in members if member.here}
     every = {name: told for part in session.world.saes.objects(own) for name, told in part.items()}
     for member in members:
@@ -116,7 +112,7 @@ def _by_all(
         else one
         for member, one in zip(group, asked, strict=True)
     ]
-    return by_first(world, lambda: all_called(whole, backend=backend, contexts=held_out, mask=mask, known=known))
+    return by_first(world.all, lambda: all_called(whole, backend=backend, contexts=held_out, mask=mask, known=known))
 
 
 def _guard(session: Session, member: Member, key: str) -> AbstractContextManager[None]:

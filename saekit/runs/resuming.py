@@ -86,10 +86,7 @@ class Resumption:
         """
         record = RunRecord.read(folder)  # from here on, nothing leads out of it
         launched = Launched.here(os.environ)
-        if not launched.rank:  # of several processes, the first
-            for place in {folder, *(record.home(name) for name in record.saes)}:
-                tidy(place, RUN_FILES.__contains__)
-            tidy(folder / "checkpoints", is_checkpoint_name)
+        _tidy_before_others(record, launched)
         _check_beginning(record)
         if (fault := record.way_out()) is not None:
             raise PlaceError(f"{folder} cannot be gone on with: {fault}")
@@ -255,6 +252,22 @@ class Resumption:
         if not self.changed:
             check_alike(state.get("firing"), own.get("firing"), f"firing of {name}")
         return state
+
+
+def _tidy_before_others(record: RunRecord, launched: Launched) -> None:
+    """Nobody looks for a checkpoint where half of one may be going, or coming back."""
+    if launched.size == 1:
+        _tidy(record)
+        return
+    from saekit.distributed.world import before_others  # which imports torch
+
+    before_others(lambda: _tidy(record))
+
+
+def _tidy(record: RunRecord) -> None:
+    for place in {record.folder, *(record.home(name) for name in record.saes)}:
+        tidy(place, RUN_FILES.__contains__)
+    tidy(record.folder / "checkpoints", is_checkpoint_name)
 
 
 def _recomputed(checkpoint: Checkpoint | None) -> list[str]:

@@ -14,6 +14,7 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.activations import check_contexts
+from saekit.distributed.agreement import left_by_all
 from saekit.distributed.world import World, open_world, trains_on_cuda
 from saekit.errors import (
     DataError,
@@ -172,13 +173,13 @@ def _run(
             with interruption:
                 with session.world.accounted():
                     _fit(session, record.folder, trackers, saving, _owed(untracked or {}))
-                if session.world.size == 1:
-                    interruption.act_at_once()  # there are no more steps to wait for
                 with session.world.accounted():
+                    _save_trained(session, record, saving)
+                    if session.world.size == 1:
+                        interruption.act_at_once()  # all SAEs are saved, and there are no more steps to wait for
                     summary = _finish(session, record, trackers, saving)
-                standing.check()
-                if session.world.size > 1:
-                    interruption.forget()  # all is done, in every process
+                    saving.check_folder()
+                    saving.stop_if_asked()
         except DivergedError:
             raise  # there is nothing worth keeping in its weights
         except BaseException as error:
@@ -198,7 +199,7 @@ def _end_together(world: World, kind: object, error: BaseException | None, trace
     """
     if isinstance(error, TrainingInterrupted) and error.checkpoint is not None and world.size > 1:
         with contextlib.suppress(LostProcessError):
-            world.all.objects(None)
+            world.all.words()
 
 
 def _close_trackers(session: Session, trackers: Mapping[str, Trackers], error: BaseException | None) -> bool:
@@ -226,17 +227,22 @@ def _fit(
         fit(session.lanes, [EvalObserver(session), TrackerObserver(session, trackers), progress, saving])
 
 
+def _save_trained(session: Session, record: RunRecord, saving: Saving) -> None:
+    """Save every SAE that is worth it; a signal that comes meanwhile takes effect after it."""
+    for member in healthy(session):
+        _check_exhausted(member, session.corpus)
+    saving.settle()
+    saving.check_folder()
+    check_all(session.world.saes, [member.trainer for member in session.members.values()])
+    session.say("saving")
+    save_saes(session, record)  # all, before the last evals, which may fail
+    saving.stop_if_asked()
+
+
 def _finish(
     session: Session, record: RunRecord, trackers: Mapping[str, Trackers], saving: Saving
 ) -> Sequence[Mapping[str, Any]]:
-    """Save and measure every SAE that is worth it; returns the summary of a sweep."""
-    for member in healthy(session):
-        _check_exhausted(member, session.corpus)
-    check_all(session.world.saes, [member.trainer for member in session.members.values()])
-    session.say("saving")
-    saving.settle()
-    saving.check_folder()
-    save_saes(session, record)  # all, before the last evals, which may fail
+    """Measure every SAE that is worth it, and end; returns the summary of a sweep."""
     due = [member for member in healthy(session) if not _just_measured(member)]
     for name, final in evaluate(session, due).items():
         trackers[name].log(final, session.members[name].trainer.step)
@@ -248,10 +254,10 @@ def _finish(
         changed = changed_options([member.config for member in session.members.values()], session.plugins)
         if session.world.main:
             summary = write_summary(record.folder, list(session.members.values()), changed)
+    saving.stop_if_asked()
     saving.save_if_possible(finished=True)
-    if _close_trackers(
-        session, trackers, None
-    ):  # else it can be gone on with, and they are handed what they have not taken
+    # Else it can be gone on with, and they are handed what they have not taken.
+    if session.world.all.once(lambda: _close_trackers(session, trackers, None)):
         saving.finish()
     else:
         _tell_of_owed(session, record, trackers)
@@ -311,7 +317,7 @@ def _save_after(
     saved, problem = None, None
     if saving.broken_off:
         problem = _INTERRUPTED_TOO
-    elif not saving.together:
+    elif not left_by_all(error, session.world.all):
         problem = "the other processes of the run need not be at the same step"
     elif session.batches:
         try:
@@ -342,16 +348,25 @@ def _save_after(
         error.add_note(f"the SAEs are saved in {saved}, without what training needs; {on} {newest or ''}".rstrip())
     elif problem is not None:
         error.add_note(f"and the run as it was before could not be saved: {problem}; {on} {newest or ''}".rstrip())
+    elif saving.failed:
+        error.add_note(f"{on} {newest or ''}".rstrip())
 
 
 def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -> tuple[Path | None, RunRecord]:
     """Save the session, in a new run folder if the run's own is lost; returns the checkpoint, and the run it is of."""
     try:
+        if saving.failed:  # what could not be written a moment ago, unless that was why
+            saving.check_folder()
+            return None, record
         return saving.save(enough), record
     except RunFolderLostError:
-        if session.world.size > 1:  # the others know of no other folder
-            raise
-        rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
-        rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
-        RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
+        rescued = session.world.all.once(lambda: _rescued(session, record))
         return saving.save_in(rescued.folder), rescued
+
+
+def _rescued(session: Session, record: RunRecord) -> RunRecord:
+    """A new run folder in the place of one that is lost."""
+    rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
+    rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
+    RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
+    return rescued

@@ -1,4 +1,4 @@
-"""When a session is saved, and which of its checkpoints stay."""
+"""When a session is saved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from typing import TypeVar
 import attrs
 import torch
 
-from saekit.distributed.agreement import done_by_all
-from saekit.errors import StorageError
+from saekit.distributed.agreement import done_by_all, leaving
+from saekit.distributed.group import Group
+from saekit.errors import LostProcessError, StorageError
 from saekit.files.paths import here, steady
-from saekit.runs.checkpoints import Checkpoint, all_checkpoints, keep_saes, mark_finished, write_checkpoint, write_saes
+from saekit.runs.checkpoints import all_checkpoints, mark_finished, write_checkpoint, write_saes
 from saekit.runs.folder import RunFolderLostError, Standing
 from saekit.runs.interruption import Interruption
+from saekit.runs.keeping import Keeping, opened
 from saekit.runs.record import RunRecord
 from saekit.runs.session import Session
 from saekit.runs.spread_checkpoints import write_together
@@ -34,10 +36,10 @@ from saekit.values import Histogram
 
 __all__ = ["Saving"]
 
-_KEPT_FOR_TRACKERS = 8
-"""So many old checkpoints are kept for trackers that have still to read them, beside those that are being read."""
 _SECONDS_FOR_TRACKERS = 5.0  # to take what they were given; what they have not taken then is in the checkpoint
 _NOT_NOW = (StorageError, RuntimeError, MemoryError)  # a full disk, or a full memory
+_KINDS = (RunFolderLostError, StorageError)
+"""What ends the saving of several processes, which is one of these in all."""
 _T = TypeVar("_T")
 
 
@@ -77,14 +79,12 @@ class Saving:
         self._saved_at = time.monotonic()
         self._now: _Now | None = None  # what is being written
         self._saved: Path | None = None
-        self._resumable = self._noted = self._told_of_lag = False
+        self._resumable = self._noted = False
         self.broken_off = False
         """A save was interrupted."""
-        self.together = session.world.size == 1
-        """Whether all processes of the run are at the same place, so that they can save."""
-        self._last_good: dict[str, Path] = {}  # of each SAE, the newest checkpoint that has it
-        for path in reversed(list(all_checkpoints(folder))):
-            self._last_good.update(dict.fromkeys(_healthy(path), path))
+        self.failed = False
+        """One of several processes could not write its part, which ends all."""
+        self._keeping = Keeping(folder, trackers.values(), self._options.keep_last)
 
     @property
     def _folder(self) -> Path:
@@ -100,22 +100,43 @@ class Saving:
         tokens = self._session.told
         spaced = self._marks(tokens) > self._marks(before) and tokens < self._session.total_tokens
         minutes = (time.monotonic() - self._saved_at) / 60
-        if self._agreed(spaced or (self._options.keep_last > 0 and 0 < self._options.every_minutes <= minutes)):
+        due = spaced or (self._options.keep_last > 0 and 0 < self._options.every_minutes <= minutes)
+        due, signal, failed = self._agreed(due)
+        if failed:
+            self.settle()
+        if due:
             self.save_if_possible(spaced=spaced)
-        if self.together:  # else one that has come since all were asked counts after the next step
-            self._interruption.raise_if_asked()
+        self._stop(signal if self._several else self._interruption.asked)
 
-    def _agreed(self, due: bool) -> bool:
-        """Whether the first process finds that it is time to save; a signal that came to one has come to all."""
+    def _agreed(self, due: bool) -> tuple[bool, int, bool]:
+        """What holds in one process, and so in all: that it is time to save, as the first finds; which signal has come,
+        if any; that something could not be written."""
         world = self._session.world
         if world.size == 1:
-            return due
-        mine = torch.tensor([int(due and world.main), self._interruption.asked])
-        agreed, signal = (int(most) for most in torch.stack(world.all.gather(mine)).amax(0))
-        if signal:
-            self._interruption.hand_on(signal)
-            self.together = True
-        return bool(agreed)
+            return due, self._interruption.asked, False
+        failed = self._now is not None and self._now.writing.done and self._now.writing.error is not None
+        mine = torch.tensor([int(due and world.main), self._interruption.asked, int(failed)])
+        agreed, signal, failures = (int(most) for most in torch.stack(world.all.gather(mine)).amax(0))
+        return bool(agreed), signal, bool(failures)
+
+    def stop_if_asked(self) -> None:
+        """:class:`KeyboardInterrupt` where a signal has come, in all processes if to one; all must ask."""
+        signals = self._session.world.all.objects(self._interruption.asked)
+        self._stop(max(signals))
+
+    def _stop(self, signal: int) -> None:
+        """:class:`KeyboardInterrupt` in all processes, for a ``signal`` that all know to have come to one of them.
+
+        One that has come since then counts when all are asked again.
+        """
+        if not signal:
+            return
+        self._interruption.hand_on(signal)
+        try:
+            self._interruption.raise_if_asked()
+        except KeyboardInterrupt as stop:
+            leaving(stop, self._session.world.all)
+            raise
 
     def _marks(self, tokens: int) -> int:
         """How many of the evenly spaced marks lie at or before ``tokens``."""
@@ -137,13 +158,26 @@ class Saving:
         except RunFolderLostError:
             raise  # from here on, everything would be lost
         except _NOT_NOW as error:
+            if self._several:
+                self.failed = True
+                raise
             self._tell(error, batches, finished=finished)
         if finished:
             self.settle()
 
     def settle(self) -> None:
-        """Wait until nothing is being written any more, and say what became of it."""
-        self._look(wait=True)
+        """Wait until nothing is being written any more, and say what became of it; all processes must ask."""
+        try:
+            done_by_all(self._session.world.all, lambda: self._look(wait=True), kinds=_KINDS)
+        except RunFolderLostError:
+            raise
+        except _NOT_NOW:
+            self.failed = self._several
+            raise
+
+    @property
+    def _several(self) -> bool:
+        return self._session.world.size > 1
 
     def end(self) -> None:
         """Wait until nothing is being written any more, whatever became of it; a Ctrl-C ends that."""
@@ -151,14 +185,21 @@ class Saving:
             self._noticed(self._now.writing.wait)
 
     def _look(self, *, wait: bool) -> None:
-        """Say what became of what was being written, if it has ended; RunFolderLostError is raised."""
+        """Say what became of what was being written, if it has ended; RunFolderLostError is raised.
+
+        So is whatever it was in one of several processes, when all ``wait`` for it.
+        """
         now = self._now
         if now is None or not (wait or now.writing.done):
+            return
+        if not wait and self._several and now.writing.error is not None:
             return
         self._noticed(now.writing.wait)
         self._now = None
         self._warn(now)
-        if isinstance(now.writing.error, _NOT_NOW) and not isinstance(now.writing.error, RunFolderLostError):
+        kept = isinstance(now.writing.error, _NOT_NOW) and not isinstance(now.writing.error, RunFolderLostError)
+        if kept and not self._several:
+            assert now.writing.error is not None
             self._tell(now.writing.error, now.batches, finished=now.finished)
         elif now.writing.error is not None:
             raise now.writing.error
@@ -170,8 +211,6 @@ class Saving:
             warnings.warn(text, RuntimeWarning, stacklevel=6)
 
     def _tell(self, error: BaseException, batches: int, *, finished: bool) -> None:
-        if not self._session.world.main:  # the first process says it
-            return
         kept = next(all_checkpoints(self._folder), None)
         warnings.warn(
             f"there is no checkpoint after {batches:,} steps: {error}. "
@@ -195,9 +234,9 @@ class Saving:
     def finish(self) -> None:
         """Say in the last checkpoint that the run is finished; from then on it is not gone on with."""
         self.settle()
+        self.check_folder()
         if not self._session.world.main or self._saved is None or not self._resumable:
             return
-        self.check_folder()
         try:
             mark_finished(self._folder / "checkpoints" / self._saved.name)
         except StorageError as error:
@@ -226,9 +265,15 @@ class Saving:
         return path
 
     def check_folder(self) -> None:
-        """:class:`RunFolderLostError` when the run folder is not the one any more that it was."""
+        """:class:`RunFolderLostError` when the run folder is not the one any more that it was; all processes must ask.
+
+        The first of them sees it.
+        """
+        self._check_standing(self._session.world.all)
+
+    def _check_standing(self, group: Group) -> None:
         if self._standing is not None:
-            self._standing.check()
+            done_by_all(group, self._standing.check, kinds=_KINDS)
 
     def save_in(self, folder: Path) -> Path | None:
         """:meth:`save` in another run folder, since the run's own is lost."""
@@ -259,24 +304,29 @@ class Saving:
         write, arrived = done_by_all(
             session.world.all, lambda: self._staged(path, worth, staging, resumable=resumable, spaced=spaced)
         )
+        behind = session.world.behind
         diverged = self._diverged()
         warned: list[str] = []
         folder, main = self._folder.absolute(), session.world.main
 
         def work(writing: Writing) -> None:
-            arrived()
-            self.check_folder()
+            done_by_all(behind, arrived)
+            self._check_standing(behind)
             try:
                 write(writing.go_on)
-            finally:
-                self.check_folder()  # if it is lost, that is what is wrong
-            self._last_good.update(dict.fromkeys(worth, path))
+            except LostProcessError:
+                raise
+            except BaseException:
+                self._check_standing(behind)  # if it is lost, that is what is wrong
+                raise
+            self._check_standing(behind)
+            self._keeping.note(worth, path)
             if not main:
                 return
             if resumable:
                 self._note_checkpoint(folder)
             writing.is_there()
-            self._remove_old(folder, diverged, warned.append)
+            self._keeping.remove_old(folder, diverged, warned.append)
 
         self._now = now = _Now(path, resumable, session.batches, finished, warned, Writing(work))
         now.writing.begin()
@@ -330,65 +380,17 @@ class Saving:
         check_all(self._session.world.saes, trainers.values())
         return {name: trainer for name, trainer in trainers.items() if trainer.diverged is None}
 
-    def _remove_old(self, folder: Path, diverged: Collection[str], warn: Callable[[str], None]) -> None:
-        """Of a checkpoint that is too old to go on from, only what somebody may want to look at stays.
-
-        This is done where checkpoints are written, so ``warn`` keeps its words for the loop.
-        """
-        old = list(all_checkpoints(folder))[self._options.keep_last :]
-        in_use = [path for path in old if self._in_use(path)]
-        for path in in_use[_KEPT_FOR_TRACKERS:]:
-            self._forget(path, warn)
-        for path in old:
-            if self._in_use(path):
-                continue  # until the next time
-            checkpoint = _opened(path)
-            if checkpoint is not None and checkpoint.facts["spaced"]:
-                names = checkpoint.healthy
-            else:
-                names = [name for name in diverged if self._last_good.get(name, Path()).name == path.name]
-            try:
-                keep_saes(path, names)
-            except StorageError as error:
-                warn(f"an old checkpoint stays: {error}")
-
-    def _in_use(self, path: Path) -> bool:
-        return any(trackers.in_use(path.absolute()) for trackers in self._trackers.values())
-
-    def _forget(self, path: Path, warn: Callable[[str], None]) -> None:
-        """Trackers that are far behind, or hang, are not told of ``path`` any more."""
-        for trackers in self._trackers.values():
-            trackers.forget(path.absolute())
-        if not self._told_of_lag:
-            self._told_of_lag = True
-            warn(
-                f"trackers are more than {_KEPT_FOR_TRACKERS} checkpoints behind: they are not told of {path} and "
-                "others that are too old, which go"
-            )
-
     def _diverged(self) -> list[str]:
         return [name for name, member in self._session.members.items() if member.trainer.diverged is not None]
 
     def last_good(self, name: str) -> Path | None:
         """The newest folder of an SAE that was saved before it diverged."""
         self.settle()
-        path = self._last_good.get(name)
+        path = self._keeping.last_good.get(name)
         return None if path is None else self._folder / "checkpoints" / path.name / name
 
 
 def _seen(path: Path) -> tuple[bool, bool]:
     """Whether a checkpoint is there, and at an even distance."""
-    checkpoint = _opened(path) if path.exists() else None
+    checkpoint = opened(path) if path.exists() else None
     return path.exists(), checkpoint is not None and bool(checkpoint.facts["spaced"])
-
-
-def _opened(path: Path) -> Checkpoint | None:
-    try:
-        return Checkpoint.open(path)
-    except StorageError:  # damaged: it is of no use to anybody
-        return None
-
-
-def _healthy(path: Path) -> list[str]:
-    checkpoint = _opened(path)
-    return checkpoint.healthy if checkpoint is not None else []

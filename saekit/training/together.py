@@ -13,7 +13,24 @@ from saekit.sae.module import SAEModule
 from saekit.training.shown import Shown
 from saekit.values import StepOutput
 
-__all__ = ["of_whole_batch"]
+__all__ = ["check_names", "of_whole_batch"]
+
+
+def check_names(share: Share, result: StepOutput) -> None:
+    """:class:`ValueError` in every process of a step, where one gives losses or metrics of other names than the first.
+
+    They are added up over processes, which would take them for others.
+    """
+    if share.rows.size == 1:
+        return
+    every = share.rows.objects({"losses": sorted(result.losses), "metrics": sorted(result.metrics)})
+    for number, (kind, first) in ((number, item) for number in range(len(every)) for item in every[0].items()):
+        if odd := sorted({*first} ^ {*every[number][kind]}):
+            names = ", ".join(f"{name!r}, which {'only' if name in first else 'not'} the first has" for name in odd[:3])
+            raise ValueError(
+                f"the processes that share a batch must all give the same {kind}, and process {number} of them gives "
+                f"others than the first: {names}. Give each in every process, 0 where it has nothing to add"
+            )
 
 
 @torch.no_grad()
@@ -45,15 +62,25 @@ def of_whole_batch(
             share.rows.sum_(gradient)
         else:
             small.append(gradient)
-    metrics = {name: value for name, value in result.metrics.items() if isinstance(value, Tensor)}
     wide = torch.promote_types(result.loss.dtype, torch.float32)
-    numbers = [number.detach().to(wide) for number in (result.loss, *result.losses.values(), *metrics.values())]
+    # By their names, since one process may have put them together in another order.
+    losses, metrics = ({name: given[name] for name in sorted(given)} for given in (result.losses, result.metrics))
+    numbers = [_number(value, result.loss, wide) for value in (result.loss, *losses.values(), *metrics.values())]
     fired, *sums = share.rows.sums([result.fired, *small, *(number * (rows / share.n(rows)) for number in numbers)])
     for gradient, whole in zip(small, sums, strict=False):
         gradient.copy_(whole)
     loss, *others = sums[len(small) :]
-    losses = dict(zip(result.losses, others, strict=False))
-    found: Mapping[str, float | Tensor] = {
-        **result.metrics, **dict(zip(metrics, others[len(losses) :], strict=True))
-    }  # fmt: skip
-    return result._replace(loss=loss, losses=losses, metrics=found, fired=fired), left
+    of_losses = dict(zip(losses, others, strict=False))
+    of_metrics = dict(zip(metrics, others[len(losses) :], strict=True))
+    return result._replace(
+        loss=loss,
+        losses={name: of_losses[name] for name in result.losses},
+        metrics={name: of_metrics[name] for name in result.metrics},
+        fired=fired,
+    ), left
+
+
+def _number(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(dtype)
+    return torch.tensor(value, dtype=torch.float64, device=like.device)

@@ -27,7 +27,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
-from saekit.training.together import of_whole_batch
+from saekit.training.together import check_names, of_whole_batch
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -65,6 +65,8 @@ class SAETrainer:
     turns: AbstractContextManager[object] = attrs.field(factory=lambda: nullcontext())
     """Held by whoever else multiplies meanwhile, where steps have a precision of their own, which is the process's."""
     _finetuning: bool = attrs.field(default=False, init=False)
+    _names_agree: bool = attrs.field(default=False, init=False)
+    """Whether all processes give losses and metrics of the same names, as their first step showed."""
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
     """The scale, and what is made of it."""
     _recent: Tensor | None = attrs.field(default=None, init=False)
@@ -81,8 +83,8 @@ class SAETrainer:
         """Itself; :class:`ConfigError` where it cannot train in the way that was asked for."""
         if self.training.kernels in ("fast", "int8") and (reason := self.why_reference()) is not None:
             raise ConfigError(
-                [("training.kernels", f"is '{self.training.kernels}', but there is no fast way to train this SAE: {reason}. "
-                  "Choose 'auto', which takes it where there is one")]
+                [("training.kernels", f"is '{self.training.kernels}', but there is no fast way to train this SAE: "
+                  f"{reason}. Choose 'auto', which takes it where there is one")]
             )  # fmt: skip
         other = None
         if self.rounds_products:
@@ -165,6 +167,9 @@ class SAETrainer:
         self.sae.share = share
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
+            if not self._names_agree:
+                check_names(share, result)
+                self._names_agree = True
         result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted)
         with self.watched("before_update"):
             self.sae.before_update()

@@ -1,4 +1,4 @@
-"""Waiting for a process that is at work: threads stand for the others, and a store of torch's for theirs."""
+"""Waiting for processes as long as they are there: threads stand for them, and a store of torch's for theirs."""
 
 from __future__ import annotations
 
@@ -11,33 +11,37 @@ import pytest
 import torch.distributed as dist
 from support import warm
 
-from saekit.distributed import ALONE, World
-from saekit.distributed.group import Group
-from saekit.distributed.patience import at_work, by_first, met
-from saekit.errors import LostProcessError
+from saekit.distributed import patience
+from saekit.distributed.agreement import by_first, done_by_all, left_by_all
+from saekit.distributed.group import ONE, Group, MetGroup
+from saekit.distributed.patience import Meeting, Patience
+from saekit.errors import LostProcessError, SaekitError, StorageError
+
+Work = Callable[[Group], Any]
 
 
 class Numbered(Group):
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
-def worlds(size: int, timeout_s: float) -> list[World]:
-    store = dist.HashStore()
-    return [World(Numbered(rank, size), store=store, timeout_s=timeout_s) for rank in range(size)]
+def each(size: int, timeout_s: float, work: Work, store: Any = None, silent: tuple[int, ...] = ()) -> list[Any]:
+    """What ``work`` returns, or raises, in each of so many processes; ``silent`` ones do not say they live."""
+    found, store = list[Any]([None] * size), store or dist.HashStore()
 
-
-def each(size: int, timeout_s: float, work: Callable[[World], Any]) -> list[Any]:
-    """What ``work`` returns, or raises, on each of so many processes."""
-    found: list[Any] = [None] * size
-
-    def one(world: World) -> None:
+    def one(rank: int) -> None:
+        mine = Patience(store, rank, timeout_s)
+        group = MetGroup(rank, Meeting(mine, "all", range(size)))
         try:
-            found[world.rank] = work(world)
-        except LostProcessError as error:
-            found[world.rank] = error
+            if rank in silent:
+                found[rank] = work(group)
+                return
+            with mine.beating():
+                found[rank] = work(group)
+        except Exception as error:
+            found[rank] = error
 
-    threads = [threading.Thread(target=one, args=(world,)) for world in worlds(size, timeout_s)]
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -47,67 +51,157 @@ def each(size: int, timeout_s: float, work: Callable[[World], Any]) -> list[Any]
 
 
 def test_one_process_waits_for_nobody() -> None:
-    assert by_first(ALONE, lambda: 7) == 7
-    met(ALONE)
-    with at_work(ALONE):
-        assert not [thread for thread in threading.enumerate() if thread.name == "saekit-beat"]
+    assert by_first(ONE, lambda: 7) == 7
+    assert done_by_all(ONE, lambda: 8) == 8
+    assert ONE.words("why") == ["why"]
 
 
-def test_the_others_wait_longer_than_the_timeout_while_the_first_is_there() -> None:
-    def work(world: World) -> Any:
+def test_the_others_wait_longer_than_the_timeout_while_one_is_at_work() -> None:
+    def work(group: Group) -> Any:
         begun = time.monotonic()
-        found = [by_first(world, lambda: time.sleep(2) or world.rank), by_first(world, lambda: "next")]
+        found = [by_first(group, lambda: time.sleep(1) or group.rank), by_first(group, lambda: "next")]
         return found, time.monotonic() - begun
 
-    (first, _), *others = each(3, 1.5, work)
+    (first, _), *others = each(3, 0.6, work)
     assert first == [0, "next"]
     for found, seconds in others:
         assert found == [None, None]
-        assert seconds >= 2
+        assert seconds >= 1
 
 
 def test_all_meet_however_late_one_is() -> None:
-    def work(world: World) -> float:
-        with at_work(world):
-            time.sleep(2 * (world.rank == 2))
-            met(world)
-            return time.monotonic()
+    """Again and again, and nothing is left in the store but the last of it."""
+    store = dist.HashStore()
 
-    ends = each(3, 1.5, work)
-    assert max(ends) - min(ends) < 1
+    def work(group: Group) -> list[float]:
+        ends = []
+        for turn in range(30):
+            time.sleep(0.7 * (group.rank == 2 and turn == 7))
+            assert group.words() == ["", "", ""]
+            ends.append(time.monotonic())
+        return ends
+
+    for ends in zip(*each(3, 0.4, work, store), strict=True):
+        assert max(ends) - min(ends) < 0.4
+    assert not store.check(["all/20/here"])
+
+
+def test_what_one_cannot_do_nobody_has_done() -> None:
+    def work(group: Group) -> None:
+        def fails() -> None:
+            if group.rank == 1:
+                raise OSError(28, "No space left on device")
+
+        done_by_all(group, lambda: None)
+        done_by_all(group, fails, "save the SAE")
+
+    errors = each(3, 5, work)
+    said = "cannot save the SAE: No space left on device. What was there before is kept"
+    for number, error in enumerate(errors):
+        assert isinstance(error, StorageError)
+        assert str(error) == (said if number == 1 else f"of process 1: {said}")
+        assert left_by_all(error, Numbered(3))
+        assert not left_by_all(error, Numbered(6))
+
+
+def test_an_error_is_what_it_was_in_the_others() -> None:
+    class GoneError(StorageError):
+        pass
+
+    def work(group: Group) -> None:
+        def fails() -> None:
+            if not group.rank:
+                raise GoneError("the folder")
+
+        done_by_all(group, fails, kinds=(GoneError, StorageError))
+
+    assert [(type(error), str(error)) for error in each(2, 5, work)] == [
+        (GoneError, "the folder"),
+        (GoneError, "of process 0: the folder"),
+    ]
+
+
+def test_one_that_fails_while_the_others_wait_for_it_elsewhere_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a collective, they hear of it when it ends; where they come after all, they find what it said."""
+    monkeypatch.setattr(patience, "_FAILED", 0.3)
+    over = threading.Event()
+
+    def work(group: Group) -> None:
+        def fails() -> None:
+            if group.rank:
+                raise ValueError("a fault")
+            assert over.wait(20)
+
+        try:
+            done_by_all(group, fails, kinds=(SaekitError,))
+        finally:
+            over.set()
+
+    first, second = each(2, 20, work)
+    assert isinstance(second, ValueError)
+    assert not left_by_all(second, Numbered(2))
+    assert str(first) == "of process 1: ValueError: a fault"
+
+
+def test_words_come_one_after_the_other() -> None:
+    def work(group: Group) -> Any:
+        meeting = group._meeting  # type: ignore[attr-defined]
+        if not group.rank:
+            for number in range(5):
+                meeting.say(number, 1)
+            return meeting.heard(1)
+        heard = [meeting.heard(0) for _ in range(5)]
+        time.sleep(0.5)
+        meeting.say(7, 0)
+        return heard
+
+    assert each(2, 0.4, work) == [7, [0, 1, 2, 3, 4]]
 
 
 def test_one_that_says_nothing_is_given_up() -> None:
-    def work(world: World) -> None:
-        if world.rank:
-            met(world)
+    def work(group: Group) -> None:
+        if group.rank:
+            group.words()
 
-    _, error = each(2, 0.5, work)
+    _, error = each(2, 0.5, work, silent=(0,))
+    assert isinstance(error, LostProcessError)
     assert "process 0 has said nothing for 0.5 s (distributed.timeout_s)" in str(error)
 
 
-def test_one_that_has_ended_is_not_waited_for() -> None:
-    def work(world: World) -> None:
-        if not world.rank:
-            world.store.set("ended/0", "a full disk")
-            return
-        by_first(world, lambda: None)
+def test_one_that_has_left_is_not_waited_for() -> None:
+    """Whatever ended its work, also on another machine."""
+    _, error = each(2, 60, lambda group: group.words() if group.rank else None)
+    assert str(error) == "another process of the run has gone, or does not answer: process 0"
 
-    _, error = each(2, 60, work)
+
+def test_one_that_has_ended_is_not_waited_for() -> None:
+    store = dist.HashStore()
+    store.set("ended/0", "a full disk")
+    _, error = each(2, 60, lambda group: group.words() if group.rank else None, store)
     assert str(error) == "another process of the run has gone, or does not answer: process 0"
 
 
 def test_one_that_was_killed_on_this_machine_is_not_waited_for() -> None:
     place = "from saekit.distributed.patience import _machine; import os; print(_machine(), os.getpid())"
-    gone = warm.python("-c", place).stdout.strip()
-
-    def work(world: World) -> None:
-        world.store.set("place/0", gone)
-        if world.rank:
-            by_first(world, lambda: None)
-
-    _, error = each(2, 60, work)
+    store = dist.HashStore()
+    store.set("place/0", warm.python("-c", place).stdout.strip())
+    _, error = each(2, 60, lambda group: group.words() if group.rank else None, store, silent=(0,))
     assert "does not answer: process 0" in str(error)
+
+
+def test_one_that_has_come_and_ended_has_come() -> None:
+    """The others may look for it before they look who has come."""
+    store = dist.HashStore()
+
+    def work(group: Group) -> Any:
+        if group.rank:
+            time.sleep(0.6)
+            return group.words()
+        found = group.words()
+        store.set("ended/0", "all is done")
+        return found
+
+    assert each(3, 60, work, store) == [["", "", ""]] * 3
 
 
 def test_a_store_that_hangs_is_given_up() -> None:
@@ -118,15 +212,15 @@ def test_a_store_that_hangs_is_given_up() -> None:
         def __init__(self) -> None:
             self.store = dist.HashStore()
 
-        def check(self, keys: list[str]) -> bool:
+        def add(self, key: str, number: int) -> int:
             hangs.wait(20)
-            return bool(self.store.check(keys))
+            return int(self.store.add(key, number))
 
         def __getattr__(self, name: str) -> Any:
             return getattr(self.store, name)
 
-    world, begun = World(Numbered(1, 2), store=Hanging(), timeout_s=0.5), time.monotonic()
+    group, begun = MetGroup(1, Meeting(Patience(Hanging(), 1, 0.5), "all", range(2))), time.monotonic()
     with pytest.raises(LostProcessError, match=r"has said nothing for 0\.5 s \(distributed\.timeout_s\)"):
-        by_first(world, lambda: None)
+        group.words()
     assert time.monotonic() - begun < 10
     hangs.set()

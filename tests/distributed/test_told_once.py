@@ -6,29 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
-from support import spread_faults
-from support.processes import ended
+from support.spread_faults import TOY, ends
 
 from saekit.runs.checkpoints import newest_checkpoint
-
-TIMEOUT = 120
-TOY = """
-site = {hook_name = "site_0"}
-model = {backend = "none"}
-evals = {run = [], held_out_every = 0}
-activations = {source = {name = "toy", directions = "random"}}
-sae = {name = "topk", k = 4, d_sae = 16, b_dec_init_method = "zeros"}
-training = {training_tokens = 640, train_batch_size_tokens = 64, device = "cpu", verbose = false}
-reports = {pictures = false}
-checkpoints = {name = "run", n_checkpoints = 4}
-"""
-
-
-def ends(folder: Path, fault: str, rank: int = 1, *words: str, **environment: str) -> list[tuple[int, str]]:
-    """Exit code and output of both processes of ten steps, in the sixth of which the ``fault`` comes."""
-    (folder / "run.toml").write_text(TOY)
-    command = [fault, str(rank), "6", "train", str(folder / "run.toml"), f"checkpoints.folder={folder}", *words]
-    return ended(2, [spread_faults.__file__, *command], TIMEOUT, **{"TORCHRUN": "30", **environment})
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.processes), 1])
@@ -52,13 +32,28 @@ def test_what_is_no_number_in_one_is_told_by_the_first_of_all(tmp_path: Path) ->
     assert second[1] == ""
 
 
-def test_a_full_disk_ends_all_where_the_sae_is_saved(tmp_path: Path) -> None:
-    first, second = ends(tmp_path, "full", 0)
-    assert (first[0], second[0]) == (1, 1)
-    assert first[1].count("error: ") == 1
-    assert f"error: cannot write {tmp_path}/run/sae: No space left on device. What was there before is kept" in first[1]
-    assert second[1] == ""
-    assert newest_checkpoint(tmp_path / "run").facts["batches"] < 10
+@pytest.mark.parametrize(
+    ("rank", "words"),
+    [
+        (1, "distributed.features=1"),
+        pytest.param(0, "distributed.features=2", marks=pytest.mark.processes),
+        pytest.param(0, "checkpoints.n_checkpoints=0", marks=pytest.mark.processes),
+    ],
+)
+def test_a_full_disk_of_one_ends_all(tmp_path: Path, rank: int, words: str) -> None:
+    """Where a checkpoint is written, or without them the SAE at the end, which the first process alone writes."""
+    (first, said), second = ends(tmp_path, "full", rank, words)
+    assert (first, second) == (1, (1, ""))
+    if "n_checkpoints" in words:
+        assert f"error: cannot write {tmp_path}/run/sae: No space left on device. What was there before" in said
+        return
+    whose = "of process 1: " if rank else ""
+    assert said.startswith(f"error: {whose}cannot write a checkpoint: No space left on device. What was there before")
+    assert said.count("No space left") == 1
+    last = newest_checkpoint(tmp_path / "run")
+    assert last.facts["batches"] < 6
+    command = f"torchrun --nproc-per-node 2 --no-python saekit train --resume {tmp_path}/run"
+    assert f"{command} goes on from {last.folder}" in said
 
 
 @pytest.mark.processes

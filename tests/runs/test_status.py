@@ -63,6 +63,17 @@ def test_a_step_that_takes_long_does_not_keep_the_last_line_back() -> None:
     assert received.getvalue().count("\n") == 1, "once"
 
 
+def test_waiting_is_said_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    received = io.StringIO()
+    lines = Lines(Console(file=received), (2, 5, 10, 30))
+    for second in range(120):
+        now[0] = float(second)
+        lines.offer(f"{second}")
+    assert received.getvalue().split() == ["2", "7", "17", "47", "77", "107"]
+
+
 def test_lines_are_no_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])

@@ -25,7 +25,7 @@ from support.sweeps import DOCUMENTS
 import saekit
 from saekit import SaekitError
 from saekit.distributed import World
-from saekit.errors import TrainingInterrupted
+from saekit.errors import StorageError, TrainingInterrupted
 from saekit.runs.state_files import StateFiles
 from saekit.training.trainer import SAETrainer
 
@@ -115,29 +115,37 @@ def falls_back(world: World, run: str) -> dict[str, Any]:
 
 
 def full(world: World, folder: str) -> dict[str, Any]:
-    """A run for whose second process the disk is full at its second checkpoint, and whose state at the third is odd."""
+    """A run that the second process ends twice: its disk is full at its second checkpoint, and then a state is odd."""
     write, made, seen = StateFiles.write, StateFiles.of, Counter[str]()
 
-    def comes(doing: str, stem: str, number: int) -> bool:
+    def comes(stem: str, number: int) -> bool:
         if world.rank == 1 and stem.startswith("stream"):
-            seen[doing] += 1
-            return seen[doing] == number
+            seen["stream"] += 1
+            return seen["stream"] == number
         return False
 
     def no_space(files: StateFiles, *rest: Any) -> Any:
-        if comes("written", files.stem, 2):
+        if comes(files.stem, 2):
             raise OSError(28, "No space left on device")
         return write(files, *rest)
 
     def odd(stem: str, state: Any) -> StateFiles:
-        return made(stem, {"odd": object()} if comes("made", stem, 3) else state)
+        return made(stem, {"odd": object()} if comes(stem, 1) else state)
 
-    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        patch.setattr(StateFiles, "write", no_space)
-        patch.setattr(StateFiles, "of", odd)
-        found = weights(saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS))
-    return found | {"told": [str(one.message) for one in caught if "no checkpoint" in str(one.message)]}
+    def begin() -> Any:
+        return saekit.train(settings(world, folder), plugins=manager(), dataset=DOCUMENTS)
+
+    def go_on() -> Any:
+        return saekit.resume(f"{folder}/run", plugins=manager(), dataset=DOCUMENTS)
+
+    told = []
+    for name, fault, work in (("write", no_space, begin), ("of", odd, go_on)):
+        seen.clear()
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(StorageError) as caught:
+            patch.setattr(StateFiles, name, fault)
+            quietly(work)
+        told.append([str(caught.value), *caught.value.__notes__])
+    return weights(quietly(go_on)) | {"told": told}
 
 
 def other_text(world: World, folder: str) -> str:

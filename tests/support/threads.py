@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from saekit.distributed.group import Group
@@ -33,6 +34,10 @@ class Threads(Group):
         found = list(self._table)
         self._barrier.wait(30)
         return found
+
+    def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
+        every = self.objects([*values])
+        return [torch.stack(parts).sum(0).to(parts[0].dtype) for parts in zip(*every, strict=True)]
 
     def gather_rows(self, value: Tensor, counts: Any) -> list[Tensor]:
         assert len(value) == counts[self.rank]

@@ -16,7 +16,6 @@ import attrs
 from saekit.data.cache.left import LOCK
 from saekit.data.cache.manifest import MANIFEST, Manifest, Shard
 from saekit.data.cache.write import CacheWriter, as_storage_error, identity_of, with_shard
-from saekit.distributed.patience import met
 from saekit.distributed.world import World
 from saekit.errors import DataError
 from saekit.files.storage import sync_files
@@ -83,7 +82,6 @@ class CacheWriterOfMany(CacheWriter):
 
     def _end_round(self) -> None:
         self._settle()
-        met(self._world)
         for owner, position in enumerate(self._round):
             shard = self._named() if owner == self._world.rank else None
             shards = _check_alike([position], self._world, "text", shard)

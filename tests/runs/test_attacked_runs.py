@@ -21,6 +21,7 @@ from support.runs import contents, fake_config, manager, resume, stopped, train
 from support.trackers import Recorder, Uploader, raises
 
 from saekit.errors import ConfigError, DataError, StorageError
+from saekit.runs import keeping
 from saekit.runs import saving as saving_module
 from saekit.runs import trackers as trackers_module
 from saekit.runs.checkpoints import newest_checkpoint
@@ -207,7 +208,7 @@ def test_a_tracker_that_hangs_keeps_few_checkpoints(
     tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(saving_module, "_SECONDS_FOR_TRACKERS", 0.05)
-    monkeypatch.setattr(saving_module, "_KEPT_FOR_TRACKERS", 2)
+    monkeypatch.setattr(keeping, "_KEPT_FOR_TRACKERS", 2)
     close = trackers_module.close_all
     monkeypatch.setattr("saekit.runs.run.close_all", lambda groups, timeout=0.1: close(groups, 0.1))
 

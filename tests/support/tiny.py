@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ RUN: dict[str, Any] = {
 
 def run_config(folder: Path, **sections: dict[str, Any]) -> dict[str, Any]:
     """:data:`RUN` in ``folder``, with options of some sections changed."""
-    config = {name: dict(section) for name, section in RUN.items()} | {"checkpoints": {"folder": str(folder)}}
+    config: dict[str, Any] = copy.deepcopy(RUN) | {"checkpoints": {"folder": str(folder)}}
     for name, section in sections.items():
         config[name] = config.get(name, {}) | section
     return config

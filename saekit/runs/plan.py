@@ -86,10 +86,17 @@ def look(
     return planner.plan()
 
 
+class _Unread(ContextStream):
+    """Contexts of no text."""
+
+    def tokenize_ahead(self, count: int, option: str) -> None:
+        """Nothing is read, so nothing is tokenized."""
+
+
 def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
     """What a source may be built on where no text is opened."""
     policy = TokenPolicy(context_size=corpus.context_size)
-    return ContextStream(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
+    return _Unread(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
 
 
 def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:

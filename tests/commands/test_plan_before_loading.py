@@ -163,6 +163,15 @@ def test_of_another_machine(tmp_path: Path) -> None:
     assert any("'cuda' cannot be used" in text for text in saekit.plan(given, plugins=manager(None)).problems)
 
 
+def test_processes_that_tokenize_change_no_size(tmp_path: Path) -> None:
+    given = config(tmp_path)
+    alone = saekit.plan(given, plugins=manager(outline), load=False)
+    given["activations"]["source"]["tokenize_processes"] = 2
+    found = saekit.plan(given, plugins=manager(outline), load=False)
+    assert alone.numbers["buffer_bytes"] > 0
+    assert (found.problems, found.numbers) == ([], alone.numbers)
+
+
 def test_the_outlines_of_saekit_have_the_sizes_of_their_models(tmp_path: Path) -> None:
     given = run_config(tmp_path)
     counted, measured = saekit.plan(given, load=False), saekit.plan(given)

@@ -100,8 +100,9 @@ def test_a_model_that_nobody_could_load_is_counted(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 16e9))
-    found = saekit.plan(config(tmp_path), plugins=manager(outline))
+    found = saekit.plan(config(tmp_path), plugins=manager(outline), measure=True)
     assert (found.problems, found.fits) == ([], False)
+    assert found.facts["contexts in a forward"] == "not compared: it does not fit"
     assert found.facts["duration"] == "not measured: it does not fit"
     assert found.verdict.startswith("It does not fit on cpu: it needs about 71.")
     (warning,) = [text for text in found.warnings if "are needed on cpu" in text]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.runs import pressing
 from support.tiny import hooked_transformer, run_config
 from support.tokenizers_elsewhere import ElsewhereBackend, codes, ended_at_x, refusing_x
 
@@ -25,7 +26,7 @@ from saekit.data.chats import DocumentIds
 from saekit.data.reader import DocumentReader
 from saekit.data.text import Documents
 from saekit.data.tokenizing import TokenizingProcesses
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError, DataError, TrainingInterrupted
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 OPTION = "activations.source.tokenize_processes"
@@ -281,12 +282,21 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
         fake_plugin("model_backends", build=lambda config, **_: ElsewhereBackend()), builtins=True
     )
     weights = []
-    for processes in (0, 2):
-        config = run_config(tmp_path, evals={"run": []})
+    for processes, stop in ((0, False), (2, False), (2, True)):
+        config = run_config(
+            tmp_path, evals={"run": []}, checkpoints={"folder": str(tmp_path), "name": f"{len(weights)}"}
+        )
         config |= {"model": {"backend": "test:fake"}, "site": {"hook_name": "blocks.0.hook_resid_post"}}
         config["activations"]["source"]["tokenize_processes"] = processes
-        weights.append(saekit.train(config, plugins=plugins).sae.W_enc.detach().clone())
-    assert torch.equal(*weights)
+        if stop:  # and gone on with without any, as is advised where one has ended
+            with pressing(4), pytest.raises(TrainingInterrupted):
+                saekit.train(config, plugins=plugins)
+            found = saekit.resume(tmp_path / "2", overrides=[f"{OPTION}=0"], allow=[OPTION], plugins=plugins)
+        else:
+            found = saekit.train(config, plugins=plugins)
+        weights.append(found.sae.W_enc.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_a_model_with_a_tokenizer_of_hugging_face_can_send_it() -> None:

@@ -114,9 +114,9 @@ def _compared(
     here, there = (seconds[1:] for seconds in times)
     faster, slower = Compared.of(here, there), Compared.of(there, here)
     speed = "would forward as fast here"
-    for one, word in ((faster, "faster"), (slower, "slower")):
-        if one.pays:  # beyond the noise
-            speed = f"would forward {one.ratio:.2f} × {word} here"
+    for gain, word in ((faster, "faster"), (slower, "slower")):
+        if gain.pays:  # beyond the noise
+            speed = f"would forward {gain.ratio:.2f} × {word} here"
     alike = _same(held[0], held[1])
     differ = "" if alike else "; what they hold there is not the same"
     return (

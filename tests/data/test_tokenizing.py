@@ -281,7 +281,7 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
     plugins = isolated_manager(
         fake_plugin("model_backends", build=lambda config, **_: ElsewhereBackend()), builtins=True
     )
-    weights = []
+    weights: list[torch.Tensor] = []
     for processes, stop in ((0, False), (2, False), (2, True)):
         config = run_config(
             tmp_path, evals={"run": []}, checkpoints={"folder": str(tmp_path), "name": f"{len(weights)}"}
@@ -291,7 +291,7 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
         if stop:  # and gone on with without any, as is advised where one has ended
             with pressing(4), pytest.raises(TrainingInterrupted):
                 saekit.train(config, plugins=plugins)
-            found = saekit.resume(tmp_path / "2", overrides=[f"{OPTION}=0"], allow=[OPTION], plugins=plugins)
+            found: Any = saekit.resume(tmp_path / "2", overrides=[f"{OPTION}=0"], allow=[OPTION], plugins=plugins)
         else:
             found = saekit.train(config, plugins=plugins)
         weights.append(found.sae.W_enc.detach().clone())

@@ -192,7 +192,12 @@ def test_advice_is_what_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_what_a_run_takes_is_compared(n: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer of the same size holds whole forwards, two of them at least."""
     tried: list[int] = []
-    monkeypatch.setattr(other_ways, "compared", lambda base, works: tried.extend(works) or {})
+
+    def compared(base: int, works: Any) -> dict[int, Compared]:
+        tried.extend(works)
+        return {}
+
+    monkeypatch.setattr(other_ways, "compared", compared)
     monkeypatch.setattr(other_ways, "free_memory", lambda devices: {})
     config = load_config({"activations": {"source": {"name": "live", "n_batches_in_buffer": n}}})
     backend: Any = SimpleNamespace(device="cpu")

@@ -152,6 +152,11 @@ def plan(
     that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
     there, that is found at once, and nothing can be said of the rest.
     """
+    if measure and not load:
+        raise ConfigError(
+            "--measure (measure=True) times forwards, and with --no-load (load=False) there is no model to time: leave "
+            "one of them out"
+        )
     begun = time.perf_counter()
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)

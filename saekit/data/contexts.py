@@ -12,7 +12,7 @@ import numpy.typing as npt
 from saekit.data.chats import DocumentIds
 from saekit.data.dealing import checked_before
 from saekit.data.documents import Conversation, Document, Masked
-from saekit.data.faults import check_counts
+from saekit.data.faults import TokenizingError, check_counts
 from saekit.data.handover import handed_over
 from saekit.data.packer import ContextPacker, IntArray, Packed, TokenPolicy
 from saekit.data.reader import DocumentReader
@@ -251,6 +251,8 @@ class ContextStream:
     def _tokenized(self, document: str | Conversation | Ids, number: int) -> Sequence[int]:
         try:
             return document.get() if isinstance(document, Ids) else self._tokenize(document)
+        except TokenizingError:
+            raise
         except DataError as error:
             raise DataError(f"document {number}: {error}") from error
 

@@ -8,7 +8,11 @@ from typing import Any
 
 from saekit.errors import ConfigError, DataError, ModelError, SaekitError
 
-__all__ = ["check_all", "check_counts", "problems_of"]
+__all__ = ["TokenizingError", "check_all", "check_counts", "problems_of"]
+
+
+class TokenizingError(DataError):
+    """Processes that tokenize have failed, which is no document's fault."""
 
 
 def check_all(*checks: Callable[[], object]) -> None:

@@ -73,6 +73,7 @@ class Prefetched(Generic[T]):
                 raise StopIteration
             raise self._failure
         item, self._state = self._made.popleft()
+        self._awaited = False  # before the thread is told, or it would make one more than was asked for
         self._changed.notify_all()
         return item
 

@@ -66,13 +66,14 @@ def row_sums(activations: Mapping[Site, Tensor]) -> Tensor:
     """``[n]`` int64 on the CPU: a checksum of the bits of each row, at all sites together.
 
     Words of 8 bytes (where a row has no whole number of them, single numbers) times odd numbers, added up modulo 2^64:
-    a row with one other word has another.
+    a row with one other word has another.  Sums of sites after the first are stirred before they are added: odd numbers
+    differ by even ones, so what differs in a word's highest bits alone would cancel where sites are exchanged.
     """
     whole: Tensor | None = None
     for number, rows in enumerate(activations.values()):
         words = _words(rows)
         sums = (words * _odd_numbers(words.shape[1], number).to(words.device)).sum(1).cpu()
-        whole = sums if whole is None else whole + sums
+        whole = sums if whole is None else whole + _stirred(sums)
     assert whole is not None
     return whole
 
@@ -84,6 +85,12 @@ def _words(rows: Tensor) -> Tensor:
         return rows.view(torch.int64)
     kinds = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return rows.view(kinds[rows.itemsize]).to(torch.int64)
+
+
+def _stirred(sums: Tensor) -> Tensor:
+    """Others for others, with high bits and low bits mixed (the last steps of splitmix64)."""
+    sums = (sums ^ (sums >> 32 & (1 << 32) - 1)) * (0x94D049BB133111EB - (1 << 64))
+    return sums ^ (sums >> 31 & (1 << 33) - 1)
 
 
 @functools.lru_cache(maxsize=64)

@@ -24,8 +24,9 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.data.documents import Conversation, Document
+from saekit.data.faults import TokenizingError
 from saekit.data.reader import DocumentReader
-from saekit.errors import ConfigError, DataError
+from saekit.errors import ConfigError
 from saekit.reasons import reason
 
 __all__ = ["Ids", "ReadAhead", "TokenizingProcesses"]
@@ -69,7 +70,7 @@ class TokenizingProcesses:
                   f"{reason(error)}. Set it to 0")]
             ) from error  # fmt: skip
         self.count = count
-        self._workers = [_Worker(told, option) for _ in range(count)]
+        self._workers = _started(told, count, option)
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
@@ -95,7 +96,38 @@ class TokenizingProcesses:
 def _end(workers: Sequence[_Worker], threads: ThreadPoolExecutor) -> None:
     for worker in workers:
         worker.close()
-    threads.shutdown(cancel_futures=True)
+    threads.shutdown(wait=False, cancel_futures=True)  # they wait for nothing any more
+
+
+def _started(tokenize: bytes, count: int, option: str) -> list[_Worker]:
+    """All of them, or none and :class:`ConfigError`."""
+    workers: list[_Worker] = []
+    try:
+        while len(workers) < count:
+            workers.append(_Worker(tokenize, option))
+    except BaseException as error:
+        for worker in workers:
+            worker.close()
+        if isinstance(error, OSError):
+            raise ConfigError(
+                [(option, f"is {count}, but process {len(workers) + 1} of them could not be started: {reason(error)}. "
+                  "Lower it, or set it to 0")]
+            ) from error  # fmt: skip
+        raise
+    return workers
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """What is started here is not ended by the signals that end a run, before it ignores them itself."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Worker:
@@ -103,18 +135,21 @@ class _Worker:
 
     def __init__(self, tokenize: bytes, option: str) -> None:
         own = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "saekit.data.tokenizing_process"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
-            start_new_session=True,  # a Ctrl-C in the terminal is for the run, which ends it
-        )
-        self._tokenize: bytes | None = tokenize  # to be sent before anything else
+        with _signals_blocked():
+            self._process = subprocess.Popen(
+                # -P: what lies in the working folder is imported only where the caller imports it
+                [sys.executable, "-P", "-m", "saekit.data.tokenizing_process"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path)},
+                start_new_session=True,  # a Ctrl-C in the terminal is for the run, which ends it
+            )
+        # To be sent before anything else; bytes within, so that one that cannot be read leaves the rest readable.
+        self._tokenize: bytes | None = pickle.dumps((tokenize, option))
         self._closed, self._option = False, option
 
     def tokenized(self, documents: Sequence[str | Conversation]) -> Sequence[Found]:
-        """What became of each; :class:`DataError` when the process is gone."""
+        """What became of each; :class:`TokenizingError` when the process is gone."""
         given, made = self._process.stdin, self._process.stdout
         assert given is not None
         assert made is not None
@@ -127,30 +162,38 @@ class _Worker:
             found: Sequence[Found] = pickle.load(made)
         except (EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
             if self._closed:
-                return [(False, DataError("tokenizing was ended"))] * len(documents)
-            raise DataError(self._end()) from error
+                return [(False, TokenizingError("tokenizing was ended"))] * len(documents)
+            raise TokenizingError(self._end()) from error
         return found
 
     def _end(self) -> str:
         try:
-            code = self._process.wait(timeout=5)
+            what = f"has ended ({_how(self._process.wait(timeout=5))})"
         except subprocess.TimeoutExpired:
-            code = 0
-        how = f"exit status {code}" if code >= 0 else f"signal {-code}, {signal.strsignal(-code)}"
-        memory = "; a system that is out of memory ends processes so" if code == -signal.SIGKILL else ""
+            self._process.kill()
+            what = "answered with something that is not token ids, and was ended"
         return (
-            f"process {self._process.pid}, which tokenized the text, has ended ({how}{memory}). Go on from the last "
-            f"checkpoint, with fewer processes or none ({self._option})"
+            f"process {self._process.pid}, which tokenized the text, {what}. Go on from the last checkpoint with fewer "
+            f"of them or none: saekit train --resume FOLDER {self._option}=0 --allow {self._option}"
         )
 
     def close(self) -> None:
         self._closed = True
-        self._process.terminate()
+        self._process.kill()  # it ignores what is gentler
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):  # what was not sent yet cannot be
                 pipe.close()
+
+
+def _how(code: int) -> str:
+    """In words, how a process ended with ``code``."""
+    if code >= 0:
+        return f"exit status {code}"
+    killed = code == -getattr(signal, "SIGKILL", 0)  # Windows has none
+    memory = "; a system that is out of memory ends processes so" if killed else ""
+    return f"signal {-code}, {signal.strsignal(-code)}{memory}"
 
 
 class ReadAhead:
@@ -163,7 +206,7 @@ class ReadAhead:
         self._reader, self._processes = reader, processes
         self._read: deque[tuple[int, Any, Mapping[str, Any], int]] = deque()  # with the state after each, and its piece
         self._pieces = 0  # that were read
-        self._failure: BaseException | None = None  # StopIteration too; comes when all before it is handed out
+        self._failure: Exception | None = None  # StopIteration too; comes when all before it is handed out
         self._state: Mapping[str, Any] | None = None  # None: that of the reader
 
     def __iter__(self) -> Iterator[tuple[int, Any]]:
@@ -173,7 +216,11 @@ class ReadAhead:
         if self._state is None:
             self._state = self._reader.state_dict()
         while self._failure is None and self._wants_more:
-            self._read_some()
+            try:
+                self._read_some()
+            except BaseException:  # Ctrl-C, say, at any place: what was read is read again
+                self.load_state_dict(self._state)
+                raise
         if not self._read:
             assert self._failure is not None
             failure, self._failure = self._failure, None  # asked again, the reader says what it says then
@@ -195,7 +242,9 @@ class ReadAhead:
         while len(found) < _DOCUMENTS and size < _CHARACTERS:
             try:
                 number, document = next(self._reader)
-            except BaseException as error:  # for the caller, when it comes to it
+            except MemoryError:  # of now, and of no document
+                raise
+            except Exception as error:  # for the caller, when it comes to it
                 self._failure = error
                 break
             found.append((number, document, self._reader.state_dict()))

@@ -27,9 +27,9 @@ Put: TypeAlias = Callable[[Site, Tensor], Tensor]
 
 
 def logit_contexts(backend: ModelBackend, context_size: int, device: str | None = None) -> int:
-    """How many contexts have so few logits that a batch of them can be held; one at least.
+    """How many contexts a batch of evals has at most, so that its logits fit in a fixed number of bytes; at least one.
 
-    On the ``device`` of the model, which of one that is only outlined is to be said.
+    ``device``: where the model runs; needed for a model that is only outlined, which is on no device.
     """
     most = _BATCH_BYTES_ON_CPU if torch.device(device or backend.device).type == "cpu" else _BATCH_BYTES
     return max(most // (4 * backend.d_vocab * context_size), 1)

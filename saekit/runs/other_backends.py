@@ -20,6 +20,7 @@ from saekit.plugins.building import blamed, built, outlined
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.protocols import ModelBackend
+from saekit.runs.other_ways import Compared
 from saekit.runs.planned_memory import free_memory
 from saekit.runs.randomness import seeded
 from saekit.runs.timing import bytes_text
@@ -32,7 +33,7 @@ _MOST = 4e9
 _ROOM = 3
 """As many times its weights must be free for it."""
 _ROUNDS = 4  # the first does not count
-_ALIKE, _SAME = 1.05, 1e-3
+_SAME = 1e-3
 
 
 def told_of_others(config: TrainConfig, plugins: PluginManager, backend: ModelBackend, tokens: Tensor) -> list[str]:
@@ -110,16 +111,17 @@ def _compared(
             synchronize(next(iter(found.values())).device)
             times[index].append(time.perf_counter() - start)
             held[index] = {site: found[hook] for site, hook in names.items()}
-    ratio = min(times[0][1:]) / min(times[1][1:])
-    if 1 / _ALIKE < ratio < _ALIKE:
-        speed = "would forward as fast here"
-    else:
-        speed = f"would forward {max(ratio, 1 / ratio):.2f} × {'faster' if ratio > 1 else 'slower'} here"
+    here, there = (seconds[1:] for seconds in times)
+    faster, slower = Compared.of(here, there), Compared.of(there, here)
+    speed = "would forward as fast here"
+    for gain, word in ((faster, "faster"), (slower, "slower")):
+        if gain.pays:  # beyond the noise
+            speed = f"would forward {gain.ratio:.2f} × {word} here"
     alike = _same(held[0], held[1])
     differ = "" if alike else "; what they hold there is not the same"
     return (
         f"{name} {speed} (hooks {', '.join(dict.fromkeys(hooks.values()))}{differ}; a second copy of the model, "
-        f"{bytes_text(size)}, was loaded to see)" + (_lines(name, hooks) if alike and ratio >= _ALIKE else "")
+        f"{bytes_text(size)}, was loaded to see)" + (_lines(name, hooks) if alike and faster.pays else "")
     )
 
 

@@ -18,7 +18,6 @@ from torch import Tensor
 from saekit.abilities import HasMemory
 from saekit.config import TrainConfig
 from saekit.devices import synchronize
-from saekit.errors import SaekitError
 from saekit.hub import cached_alone
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
@@ -29,7 +28,9 @@ from saekit.runs.planned_memory import free_memory
 from saekit.runs.randomness import seeded
 from saekit.runs.timing import duration_text
 
-__all__ = ["Compared", "compared", "told_of_ways"]
+__all__ = ["SIZES_FACT", "Compared", "compared", "told_of_ways"]
+
+SIZES_FACT = "contexts in a forward"
 
 _Name = TypeVar("_Name")
 _SECONDS = 30.0  # for the sizes of a forward, beside the first of each
@@ -85,12 +86,20 @@ def compared(
 
 
 def told_of_ways(
-    config: TrainConfig, plugins: PluginManager, backend: ModelBackend, tokens: Tensor, forward_bytes: float
+    config: TrainConfig,
+    plugins: PluginManager,
+    backend: ModelBackend,
+    tokens: Tensor,
+    forward_bytes: float,
+    *,
+    rows: int,
+    alone: bool,
 ) -> dict[str, str]:
     """Facts of forwards of ``tokens [b, t]`` by other ways; a forward of as many contexts as the run's takes so many
     bytes while it lasts.
 
-    ``tokens`` are as many as four of the run's forwards take, or fewer if there are no more.
+    ``tokens`` are as many as four of the run's forwards take, or fewer if there are no more; of a context, ``rows``
+    are trained on.  Only where the model was loaded ``alone``, by its name, it can be loaded again, to be compiled.
     """
     found = {}
     options = plugins.options(ACTIVATION_SOURCES, config.activations.source)
@@ -98,8 +107,12 @@ def told_of_ways(
     with warnings.catch_warnings(), cached_alone(), seeded(config.training.seed):
         warnings.simplefilter("ignore")  # of what nobody has chosen
         if prompts is not None:
-            found["contexts in a forward"] = _of_sizes(config, backend, tokens, prompts, options, forward_bytes)
-        if not config.model.compile:
+            found[SIZES_FACT] = _of_sizes(config, backend, tokens, prompts, options, forward_bytes, rows)
+        else:
+            found[SIZES_FACT] = "not compared: the source does not let them be chosen"
+        if not alone:
+            found["model.compile"] = "not compared: the model was passed, and a second copy cannot be loaded"
+        elif not config.model.compile:
             found["model.compile"] = _of_compiling(config, plugins, backend, tokens[: prompts or 8])
     return found
 
@@ -116,26 +129,37 @@ def _forward(config: TrainConfig, backend: ModelBackend, tokens: Tensor) -> Call
 
 
 def _of_sizes(
-    config: TrainConfig, backend: ModelBackend, tokens: Tensor, prompts: int, options: object, forward_bytes: float
+    config: TrainConfig,
+    backend: ModelBackend,
+    tokens: Tensor,
+    prompts: int,
+    options: object,
+    forward_bytes: float,
+    rows: int,
 ) -> str:
-    """Half as many contexts, twice, and four times as many."""
+    """Half as many contexts, twice, and four times as many, where a buffer of the same size takes them."""
     room = min(free_memory([str(torch.device(backend.device))]).values(), default=float("inf"))
     sizes = [size for size in (prompts // 2, prompts, 2 * prompts, 4 * prompts) if 1 <= size <= len(tokens)]
     sizes = [size for size in sizes if size <= prompts or _ROOM * forward_bytes * size / prompts < room]
+    held = getattr(options, "n_batches_in_buffer", 0) * prompts  # contexts in the buffer; 0: there is none
+    batch = config.training.train_batch_size_tokens
+    sizes = [size for size in sizes if size == prompts or not held or _fits_buffer(held, size, rows, batch)]
     if prompts not in sizes or len(sizes) < 2:
-        return f"{prompts} (not compared: the text is too short, or memory too small for more)"
+        return f"{prompts} (not compared: the text is too short, or memory or the buffer too small for others)"
     found = compared(prompts, {size: _forward(config, backend, tokens[:size]) for size in sizes})
     texts = [f"{size} would be {one}" for size, one in found.items()]
     paying = {size: one for size, one in found.items() if one.pays}
     advice = "the run's is as good as any"
     if paying:
         best = max(paying, key=lambda size: paying[size].ratio)
-        buffer = getattr(options, "n_batches_in_buffer", 0) * prompts // best
-        same = f" and activations.source.n_batches_in_buffer={max(buffer, 1)}, for a buffer of the same size" * (
-            buffer > 0
-        )
+        same = f" and activations.source.n_batches_in_buffer={held // best}, for a buffer of the same size" * bool(held)
         advice = f"write activations.source.store_batch_size_prompts={best}{same}; batches are others then"
     return f"{prompts}; {', '.join(texts)}: {advice}"
+
+
+def _fits_buffer(held: int, size: int, rows: int, batch: int) -> bool:
+    """Whether forwards of ``size`` contexts fill a buffer of ``held``, and a batch is there before the last comes."""
+    return held % size == 0 and held // size >= 2 and (held - size) * rows >= batch
 
 
 def _of_compiling(config: TrainConfig, plugins: PluginManager, backend: ModelBackend, tokens: Tensor) -> str:
@@ -155,7 +179,7 @@ def _of_compiling(config: TrainConfig, plugins: PluginManager, backend: ModelBac
         start = time.perf_counter()
         own()
         per_token = (time.perf_counter() - start) / tokens.numel()
-    except (SaekitError, ImportError, RuntimeError) as error:
+    except Exception as error:  # compilers and what they call raise what they like
         return f"cannot be tried here: {reason(error)}"
     if not found.pays:
         return f"would be {found}, after {duration_text(took)} of compiling: leave it off"

@@ -13,7 +13,7 @@ import torch
 from saekit.abilities import HasMemory
 from saekit.ambient import ambient
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
-from saekit.data import ContextStream, Corpus, Documents, StreamContext, TokenPolicy
+from saekit.data import Corpus, StreamContext
 from saekit.data.faults import problems_of
 from saekit.data.stream import probe
 from saekit.devices import resolve_device
@@ -37,13 +37,14 @@ from saekit.runs.opening import (
     sites_option,
     widths_of,
 )
+from saekit.runs.other_ways import SIZES_FACT
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run, in_order
 from saekit.runs.planned_duration import TimedRun
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
 from saekit.runs.planned_mesh import planned_world
 from saekit.runs.planned_sizes import Sizes, devices_of
-from saekit.runs.planned_text import look_at_text
+from saekit.runs.planned_text import look_at_text, no_contexts
 from saekit.runs.planned_time import Stopwatch
 from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
@@ -86,12 +87,6 @@ def look(
     return planner.plan()
 
 
-def _no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
-    """What a source may be built on where no text is opened."""
-    policy = TokenPolicy(context_size=corpus.context_size)
-    return ContextStream(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
-
-
 def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:
     """``config``, with some id in the place of special tokens, which an outline has no tokenizer to tell.
 
@@ -131,6 +126,10 @@ class _Planner:
         self.counted: Sizes | None = None
         self.free = free_memory(devices_of(config, self.options))
         """Bytes on each device, before anything is loaded."""
+        self.began = resident() or 0.0
+        """Bytes that the process had then."""
+        self.unmeasured = "the run could not be timed"
+        """Why other ways to run the model are not."""
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """``work()``, or None with its error among the problems."""
@@ -148,15 +147,19 @@ class _Planner:
     def plan(self) -> Plan:
         """What was found."""
         found = Verdict("")
+        if self.measure:
+            self.facts.setdefault(SIZES_FACT, f"not compared: {self.unmeasured}")
         if self.counted is not None:
             place = free_disk(self.config.checkpoints.folder)
-            found = verdict(self.counted.memory, self.counted.disk, self.free, place, self.world.size)
+            beside = max((self.libraries or 0.0) - self.began, 0.0)  # the rest of them was not free then
+            memory = self.counted.memory.beside(beside, self.counted.tokenizing)
+            found = verdict(memory, self.counted.disk, self.free, place, self.world.size)
             self.facts |= self.counted.memory.facts(self.free)
             if self.libraries is not None and "cpu" in (needed := self.counted.memory.needed()):
                 self.numbers["peak_bytes"] = self.libraries + needed["cpu"]
                 self.facts["memory of the process"] = (
-                    f"{bytes_text(self.libraries + needed['cpu'])} at most, with {bytes_text(self.libraries)} of "
-                    "Python and its libraries"
+                    f"about {bytes_text(self.libraries + needed['cpu'])}, with {bytes_text(self.libraries)} of Python "
+                    f"and its libraries{self.counted.told_of_tokenizing()}"
                 )
         warnings = [*self.warnings, *found.warnings]
         text = cannot_run(self.problems) or found.text
@@ -174,7 +177,8 @@ class _Planner:
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
-            self.facts["duration"] = "not measured: " + ("it does not fit" if load else "the model was not loaded")
+            self.unmeasured = "it does not fit" if load else "the model was not loaded"
+            self.facts["duration"] = f"not measured: {self.unmeasured}"
             return
         backend = self.loaded(model)
         if corpus is None or backend is None:
@@ -349,7 +353,7 @@ class _Planner:
             return
         if told and stream.has_model and not stream.counts_all:
             self.facts["tokens"] = _counted_unread(config, corpus, stream)
-        stream.contexts = stream.own.contexts = _no_contexts(outline, corpus)
+        stream.contexts = stream.own.contexts = no_contexts(outline, corpus)
         source = None
         if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
             with contextlib.suppress(SaekitError):  # with the text, it says what is wrong

@@ -15,8 +15,9 @@ from saekit.distributed.world import World
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
+from saekit.reasons import reason
 from saekit.runs.other_backends import told_of_others
-from saekit.runs.other_ways import told_of_ways
+from saekit.runs.other_ways import SIZES_FACT, told_of_ways
 from saekit.runs.planned_mesh import in_step
 from saekit.runs.planned_sizes import Sizes
 from saekit.runs.planned_time import Served, Stopwatch, Times, evals_of, ran_ahead, timed_eval, timed_writing
@@ -29,6 +30,7 @@ from saekit.values import Batch, Ports
 
 __all__ = ["TimedRun"]
 
+_UNSURE = 1.5  # as many times as long may a run take as is planned
 _FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
@@ -63,6 +65,8 @@ class TimedRun:
             self._others()
         else:
             assert source is not None
+            if self.measure:
+                self.facts[SIZES_FACT] = "not compared: the activations are there, and training runs no model"
             per_row, rows = timed(lambda: next(source, None), self.stream.sites)
         weights, per_step, measuring = self._sae(rows, schedule, evals)
         training, size = self.config.training, self.world.size
@@ -82,15 +86,15 @@ class TimedRun:
         self.numbers |= times.numbers()
         if runs_model:
             self.counted.time_recipe(per_row)
-        if not self._saves_meanwhile(times.last):
+        if measuring is not None and not self._saves_meanwhile(times.last + measuring):
             self.counted.forget_copies()
         what = "the model" if runs_model else "reading activations"
         self.facts["duration"] = times.text(what, messages=size > 1)
 
     def _saves_meanwhile(self, seconds: float) -> bool:
-        """Whether a checkpoint comes before the end of so many ``seconds``."""
+        """Whether a checkpoint may come before the end of about so many ``seconds``."""
         chosen = self.config.checkpoints
-        return bool(chosen.n_checkpoints) or 0 < 60 * chosen.every_minutes <= seconds
+        return bool(chosen.n_checkpoints) or 0 < 60 * chosen.every_minutes <= _UNSURE * seconds
 
     def _served(self) -> Served:
         chosen = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
@@ -135,8 +139,11 @@ class TimedRun:
             return None
         contexts = self.corpus.held_out(self.backend, seed=0) if self.config.evals.reads_text else None
         with self.stream.model_lock:
-            took = timed_eval(self.config, trainer, self.backend, evals, contexts)
-        return None if took is None else took * times
+            try:
+                return times * timed_eval(self.config, trainer, self.backend, evals, contexts)
+            except Exception as error:  # evals of plugins raise what they like, and the run itself goes on without
+                self.warnings.append(f"evals could not be timed: {reason(error)}")
+                return None
 
     def _first_step(self, trainer: SAETrainer, rows: Batch) -> None:
         """The features that no activation makes fire before anything is learnt."""
@@ -158,14 +165,16 @@ class TimedRun:
 
     def _others(self) -> None:
         """Other backends of the same model, and other ways of this one."""
-        if not self.alone:
-            return
-        tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
-        if found := told_of_others(self.config, self.plugins, self.backend, tokens):
-            self.facts["other backends"] = "; ".join(found)
+        if self.alone:
+            tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
+            if found := told_of_others(self.config, self.plugins, self.backend, tokens):
+                self.facts["other backends"] = "; ".join(found)
         if self.measure:
-            most = 4 * max(self.counted.rows_per_forward() // self.stream.rows_per_context(self.corpus.context_size), 1)
+            rows = self.stream.rows_per_context(self.corpus.context_size)
+            most = 4 * max(self.counted.rows_per_forward() // rows, 1)
             tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(most).tokens)
             size = self.counted.numbers.get("forward_bytes", 0.0)
             with self.stream.model_lock:
-                self.facts |= told_of_ways(self.config, self.plugins, self.backend, tokens, size)
+                self.facts |= told_of_ways(
+                    self.config, self.plugins, self.backend, tokens, size, rows=rows, alone=self.alone
+                )

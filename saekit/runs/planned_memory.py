@@ -36,6 +36,8 @@ class Of(StrEnum):
     SAVING = "saving at the end"
     LOADING = "loading the model"
     WHOLE = "the whole SAE, to draw its weights"
+    LIBRARIES = "Python's libraries"
+    TOKENIZING = "processes that tokenize"
 
 
 _LESS = {
@@ -49,6 +51,8 @@ _LESS = {
     Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
     Of.LOADING: 'choose model.dtype = "bfloat16", or a smaller model',
     Of.WHOLE: "choose fewer features (sae.d_sae)",
+    Of.LIBRARIES: "end other programs, or choose a machine with more memory",
+    Of.TOKENIZING: "choose fewer of them (tokenize_processes of activations.source)",
 }
 """What to do where something takes too much."""
 
@@ -99,6 +103,12 @@ class Memory:
         """The same without ``what``."""
         turns = [[need for need in turn if need.what != what] for turn in self.turns]
         return attrs.evolve(self, turns=turns)
+
+    def beside(self, libraries: float, tokenizing: float) -> Memory:
+        """The same with so many bytes more, all the time, of what is no tensor."""
+        more = [Need(Of.LIBRARIES, "cpu", libraries), Need(Of.TOKENIZING, "cpu", tokenizing)]
+        libraries_first = [*self.before, more[0]] if self.before else self.before
+        return attrs.evolve(self, held=[*self.held, *more], before=libraries_first)
 
     def needed(self) -> dict[str, float]:
         """Bytes, by device."""

@@ -35,6 +35,8 @@ from saekit.values import Ports
 
 __all__ = ["Sizes", "devices_of"]
 
+_TOKENIZING = 71e6
+"""Bytes of a process that tokenizes: as measured with a tokenizer of 50,000 tokens on Linux."""
 _PROMPTS = 16  # contexts in one forward of what does not say how many it takes
 
 
@@ -268,6 +270,18 @@ class Sizes:
         """Contexts in one forward of the source."""
         options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         return int(getattr(options, "store_batch_size_prompts", _PROMPTS))
+
+    @property
+    def tokenizing(self) -> float:
+        """Bytes of the processes that tokenize."""
+        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
+        return _TOKENIZING * int(getattr(options, "tokenize_processes", 0))
+
+    def told_of_tokenizing(self) -> str:
+        """The end of a sentence on the memory of the process; empty where there are none."""
+        return (
+            f"; beside it, processes that tokenize take about {bytes_text(size)}" if (size := self.tokenizing) else ""
+        )
 
     def rows_per_forward(self) -> int:
         """Rows of one forward of the source, at most."""

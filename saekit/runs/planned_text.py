@@ -10,7 +10,7 @@ import attrs
 import torch
 
 from saekit.config import TrainConfig
-from saekit.data import Contexts, Corpus, StreamContext, TokenPolicy
+from saekit.data import Contexts, ContextStream, Corpus, Documents, StreamContext, TokenPolicy
 from saekit.data.activations import check_contexts
 from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text
@@ -20,12 +20,25 @@ from saekit.runs.counting import Used
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import repeated
 
-__all__ = ["TextFindings", "look_at_text", "text_length"]
+__all__ = ["TextFindings", "look_at_text", "no_contexts", "text_length"]
 
 T = TypeVar("T")
 _LOOK_AT = 100_000  # tokens, at most, to estimate the text's length
 _AT_THE_END = {"repeat": "it is read again", "stop": "training ends", "error": "the run fails"}
 _PLAIN_TEXT = (".txt", ".text", ".md", ".py", ".jsonl", ".json")  # whose size on disk tells how much text there is
+
+
+class _Unread(ContextStream):
+    """Contexts of no text."""
+
+    def tokenize_ahead(self, count: int, option: str) -> None:
+        """Nothing is read, so nothing is tokenized."""
+
+
+def no_contexts(backend: ModelBackend, corpus: Corpus) -> ContextStream:
+    """What a source may be built on where no text is opened."""
+    policy = TokenPolicy(context_size=corpus.context_size)
+    return _Unread(Documents([]), backend.tokenize, policy, d_vocab=backend.d_vocab, repeat=False)
 
 
 class _Attempt(Protocol):

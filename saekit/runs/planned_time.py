@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -56,7 +57,7 @@ class Times:
     weights: float = 0.0
     """Those that the SAE starts with."""
     forwards: float
-    """What is served after that, as far as steps wait for it or share their processors with it."""
+    """What forwards add after the first batch: while steps wait for them, and while both share the processors."""
     steps: float
     step: float
     """One of them."""
@@ -86,7 +87,7 @@ class Times:
             "filling_seconds": self.filling,
             "forward_seconds": self.filling + self.forwards,
             "step_seconds": self.steps,
-            "eval_seconds": self.evals or 0.0,
+            **({} if self.evals is None else {"eval_seconds": self.evals}),
             "saving_seconds": self.weights + self.saving,
             "first_step_seconds": self.first,
             "last_step_seconds": self.last,
@@ -154,8 +155,8 @@ def evals_of(config: TrainConfig) -> int:
 
 def timed_eval(
     config: TrainConfig, trainer: SAETrainer, backend: ModelBackend, evals: Mapping[str, Eval], contexts: Tensor | None
-) -> float | None:
-    """Seconds of one measuring, by that of a few contexts; None where it fails, of which the run itself will tell."""
+) -> float:
+    """Seconds of one measuring, by that of a few contexts; raises what evals raise."""
     few = None if contexts is None else contexts[:_FEW]
     weights, measured = Stopwatch(), Stopwatch()
     try:
@@ -165,8 +166,6 @@ def timed_eval(
                 weight_metrics(sae)
             with measured():
                 all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=few)
-    except Exception:
-        return None
     finally:
         for parameter in trainer.sae.parameters():
             parameter.grad = None
@@ -176,7 +175,8 @@ def timed_eval(
 
 def timed_writing(folder: str, size: float) -> float:
     """Seconds to write so many bytes and their checksum where ``folder`` is, or would be made; nothing stays there."""
-    some = torch.zeros(int(min(max(size, 1), _WRITTEN)), dtype=torch.uint8)
+    # Random, since a file system may pack what is not; of the system, so that torch's numbers stay as they are.
+    some = torch.frombuffer(bytearray(os.urandom(int(min(max(size, 1), _WRITTEN)))), dtype=torch.uint8)
     try:
         with tempfile.TemporaryDirectory(dir=standing_place(folder)) as temporary:
             start = time.perf_counter()

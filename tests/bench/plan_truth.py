@@ -125,10 +125,12 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
         "first step": (numbers.get("first_step_seconds"), first, "s"),
         "last step": (numbers.get("last_step_seconds"), last, "s"),
         "end": (numbers.get("seconds"), seconds, "s"),
-        "peak": (numbers.get("peak_bytes", numbers["memory_bytes"]) / 1e6, peak, "MB"),
+        "peak": (None if "peak_bytes" not in numbers else numbers["peak_bytes"] / 1e6, peak, "MB"),
     }
     for what, (said, found, unit) in rows.items():
-        if said is not None:
+        if said is None:
+            print(f"  {what:10} planned: not told  measured {found:8.1f} {unit:2}")
+        else:
             print(f"  {what:10} planned {said:8.1f} {unit:2}  measured {found:8.1f} {unit:2}  {said / found - 1:+6.1%}")
             figures = {f"planned, {unit}": said, f"measured, {unit}": found, "planned / measured": said / found}
             row("What a plan says", f"{name}, {what}", figures)

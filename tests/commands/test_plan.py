@@ -124,8 +124,10 @@ def test_a_run_from_a_cache_is_timed_by_its_reads(tmp_path: Path) -> None:
     size = sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*.safetensors"))
     assert planned.numbers["cache_bytes"] == size
     config["activations"]["source"] = {"name": "cached", "folder": cache["folder"]}
-    found = saekit.plan(config)
+    found = saekit.plan(config, measure=True)
     assert found.problems == []
+    told = found.facts["contexts in a forward"]
+    assert told == "not compared: the activations are there, and training runs no model"
     assert "reading activations" in found.facts["duration"]
     assert "buffer_bytes" not in found.numbers
 

@@ -100,8 +100,9 @@ def test_a_model_that_nobody_could_load_is_counted(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 16e9))
-    found = saekit.plan(config(tmp_path), plugins=manager(outline))
+    found = saekit.plan(config(tmp_path), plugins=manager(outline), measure=True)
     assert (found.problems, found.fits) == ([], False)
+    assert found.facts["contexts in a forward"] == "not compared: it does not fit"
     assert found.facts["duration"] == "not measured: it does not fit"
     assert found.verdict.startswith("It does not fit on cpu: it needs about 71.")
     (warning,) = [text for text in found.warnings if "are needed on cpu" in text]
@@ -161,6 +162,15 @@ def test_of_another_machine(tmp_path: Path) -> None:
     assert set(found.facts) >= {"memory on cuda", "memory on cpu"}, "a checkpoint is put together on the CPU"
     assert "of memory on cuda (not on this machine), " in found.verdict
     assert any("'cuda' cannot be used" in text for text in saekit.plan(given, plugins=manager(None)).problems)
+
+
+def test_processes_that_tokenize_change_no_size(tmp_path: Path) -> None:
+    given = config(tmp_path)
+    alone = saekit.plan(given, plugins=manager(outline), load=False)
+    given["activations"]["source"]["tokenize_processes"] = 2
+    found = saekit.plan(given, plugins=manager(outline), load=False)
+    assert alone.numbers["buffer_bytes"] > 0
+    assert (found.problems, found.numbers) == ([], alone.numbers)
 
 
 def test_the_outlines_of_saekit_have_the_sizes_of_their_models(tmp_path: Path) -> None:

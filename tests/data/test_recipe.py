@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -269,11 +270,22 @@ def test_what_is_packed_comes_out(drawn: tuple[Sequence[MadeBatch], Sequence[int
 
 @given(st.integers(1, 9), st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]), st.data())
 def test_one_bit_changes_a_checksum(width: int, dtype: torch.dtype, data: st.DataObject) -> None:
+    row, column = data.draw(st.integers(0, 3)), data.draw(st.integers(0, width - 1))
+    one_bit_changes_a_checksum(width, dtype, row, column, data.draw(st.integers(0, 8 * dtype.itemsize - 2)))
+
+
+@pytest.mark.parametrize("bit", [12, 13, 14])
+def test_a_high_bit_of_a_word_tells_sites_apart(bit: int) -> None:
+    """Two odd numbers differ by an even one, so times the highest bits it is nothing modulo 2^64."""
+    for row, column in itertools.product(range(4), (3, 7)):
+        one_bit_changes_a_checksum(8, torch.bfloat16, row, column, bit)
+
+
+def one_bit_changes_a_checksum(width: int, dtype: torch.dtype, row: int, column: int, bit: int) -> None:
     rows = torch.randn(4, width, generator=torch.Generator().manual_seed(width)).to(dtype)
     other = rows.clone()
     words = other.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
-    row, column = data.draw(st.integers(0, 3)), data.draw(st.integers(0, width - 1))
-    words[row, column] ^= 1 << data.draw(st.integers(0, 8 * dtype.itemsize - 2))
+    words[row, column] ^= 1 << bit
     shifted = torch.cat([rows.new_zeros(1), rows.flatten()])[1:].view_as(rows)  # elsewhere in memory
     assert torch.equal(row_sums({SITE: rows}), row_sums({SITE: shifted}))
     assert (row_sums({SITE: rows}) != row_sums({SITE: other})).tolist() == [number == row for number in range(4)]

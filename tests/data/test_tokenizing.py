@@ -9,20 +9,24 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.runs import pressing
 from support.tiny import hooked_transformer, run_config
 from support.tokenizers_elsewhere import ElsewhereBackend, codes, ended_at_x, refusing_x
 
 import saekit
 from saekit.data import ContextStream, TokenPolicy
 from saekit.data.chats import DocumentIds
+from saekit.data.reader import DocumentReader
 from saekit.data.text import Documents
-from saekit.errors import ConfigError, DataError
+from saekit.data.tokenizing import TokenizingProcesses
+from saekit.errors import ConfigError, DataError, TrainingInterrupted
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 OPTION = "activations.source.tokenize_processes"
@@ -123,10 +127,94 @@ def test_a_process_that_is_ended_is_told_of(ahead: Callable[..., ContextStream])
     with pytest.raises(DataError) as raised:
         stream.take(100)
     assert str(raised.value) == (
-        f"document 0: process {pids(stream)[0]}, which tokenized the text, has ended (signal 9, Killed; a system that "
-        "is out of memory ends processes so). Go on from the last checkpoint, with fewer processes or none "
-        f"({OPTION})"
+        f"process {pids(stream)[0]}, which tokenized the text, has ended (signal 9, Killed; a system that is out of "
+        "memory ends processes so). Go on from the last checkpoint with fewer of them or none: saekit train --resume "
+        f"FOLDER {OPTION}=0 --allow {OPTION}"
     )
+
+
+def test_a_tokenizer_that_cannot_be_read_elsewhere_is_told_of(
+    ahead: Callable[..., ContextStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a module that is there in this process alone, and of a script."""
+    for name, why in (("made_in_a_notebook", "No module named"), ("__main__", "get attribute 'ids'")):
+        module = types.ModuleType(name)
+        exec("def ids(text):\n    return [1]", module.__dict__)
+        monkeypatch.setitem(sys.modules, name, module)
+        stream = ahead(ids=module.__dict__["ids"])
+        for _ in range(2):  # as often as it is asked
+            with pytest.raises(DataError) as raised:
+                stream.take(1)
+            assert str(raised.value).startswith("the tokenizer cannot be read in another process: ")
+            assert why in str(raised.value)
+            assert str(raised.value).endswith(f". Set {OPTION} to 0")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a process there")
+def test_what_ends_a_job_does_not_end_them_first(ahead: Callable[..., ContextStream]) -> None:
+    """A system signals all processes of a job; the run then makes its last steps and checkpoint."""
+    here, there = contexts(), ahead(2)
+    for wait in (False, True):  # while they start, and when they work
+        if wait:
+            assert (there.take(3).tokens == here.take(3).tokens).all()
+        for pid in pids(there):
+            os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGINT)
+        assert (there.take(900).tokens == here.take(900).tokens).all()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_an_interrupt_skips_nothing(
+    error: type[BaseException], ahead: Callable[..., ContextStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes at once, and what was read before it is read again."""
+    raised: list[bool] = []
+    read = DocumentReader.__next__
+
+    def interrupted(reader: DocumentReader) -> Any:
+        number, document = read(reader)
+        if number == 70 and not raised:
+            raised.append(True)
+            raise error
+        return number, document
+
+    monkeypatch.setattr(DocumentReader, "__next__", interrupted)
+    here, there = contexts(), ahead()
+    with pytest.raises(error):
+        there.take(1)
+    for n in (2, 900):
+        assert (there.take(n).tokens == here.take(n).tokens).all()
+        assert here.state_dict() == there.state_dict()
+
+
+def test_processes_start_all_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Any] = []
+
+    class Popen(subprocess.Popen[bytes]):
+        def __init__(self, *given: Any, **named: Any) -> None:
+            if len(started) == 2:
+                raise OSError("no more processes")
+            super().__init__(*given, **named)
+            started.append(self)
+
+    monkeypatch.setattr("saekit.data.tokenizing.subprocess.Popen", Popen)
+    with pytest.raises(ConfigError) as raised:
+        TokenizingProcesses(codes, 4, OPTION)
+    assert str(raised.value) == (
+        f"{OPTION}: is 4, but process 3 of them could not be started: no more processes. Lower it, or set it to 0"
+    )
+    assert [process.returncode for process in started] == [-9, -9]
+
+
+def test_the_working_folder_is_not_imported_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "numpy.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    processes = TokenizingProcesses(codes, 1, OPTION)
+    (good, found), *_ = processes.send(["abc"]).result()
+    processes.close()
+    assert good, found
+    assert list(found) == [97, 98, 99]
 
 
 @pytest.mark.parametrize(
@@ -193,13 +281,22 @@ def test_a_run_learns_the_same(tmp_path: Path) -> None:
     plugins = isolated_manager(
         fake_plugin("model_backends", build=lambda config, **_: ElsewhereBackend()), builtins=True
     )
-    weights = []
-    for processes in (0, 2):
-        config = run_config(tmp_path, evals={"run": []})
+    weights: list[torch.Tensor] = []
+    for processes, stop in ((0, False), (2, False), (2, True)):
+        config = run_config(
+            tmp_path, evals={"run": []}, checkpoints={"folder": str(tmp_path), "name": f"{len(weights)}"}
+        )
         config |= {"model": {"backend": "test:fake"}, "site": {"hook_name": "blocks.0.hook_resid_post"}}
         config["activations"]["source"]["tokenize_processes"] = processes
-        weights.append(saekit.train(config, plugins=plugins).sae.W_enc.detach().clone())
-    assert torch.equal(*weights)
+        if stop:  # and gone on with without any, as is advised where one has ended
+            with pressing(4), pytest.raises(TrainingInterrupted):
+                saekit.train(config, plugins=plugins)
+            found: Any = saekit.resume(tmp_path / "2", overrides=[f"{OPTION}=0"], allow=[OPTION], plugins=plugins)
+        else:
+            found = saekit.train(config, plugins=plugins)
+        weights.append(found.sae.W_enc.detach().clone())
+    assert torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[0], weights[2])
 
 
 def test_a_model_with_a_tokenizer_of_hugging_face_can_send_it() -> None:

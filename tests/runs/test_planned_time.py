@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.tiny import run_config
 import saekit
 from saekit.config.files import load_config
 from saekit.data.activations import ActivationStream
+from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.runs import other_ways, planned_duration
@@ -107,7 +109,7 @@ def test_evals_hold_fewer_logits_on_a_cpu() -> None:
         d_vocab, device = 50257, "cpu"
 
     backend: Any = Backend()
-    assert logit_contexts(backend, 128) == 5, "128 MB"
+    assert logit_contexts(backend, 128) == 5, "134 MB"
     assert logit_contexts(backend, 128, "cuda:0") == 20
 
 
@@ -146,6 +148,7 @@ def test_ways_take_turns_and_the_first_round_does_not_count(monkeypatch: pytest.
 @pytest.mark.usefixtures("one_thread")
 def test_ways_are_told_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = run_config(tmp_path, evals={"run": []})
+    config["activations"]["source"]["n_batches_in_buffer"] = 16
     assert "model.compile" not in saekit.plan(config).facts
     monkeypatch.setattr(other_ways, "_ROUNDS", 2)
     asked: list[bool] = []
@@ -178,11 +181,68 @@ def test_advice_is_what_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = torch.zeros(64, 4, dtype=torch.long)
     plugins = saekit.default_manager()
     options = plugins.options(ACTIVATION_SOURCES, config.activations.source)
-    text = other_ways._of_sizes(config, backend, tokens, 16, options, 1.0)
+    text = other_ways._of_sizes(config, backend, tokens, 16, options, 1.0, 128)
     lines = "activations.source.store_batch_size_prompts=32", "activations.source.n_batches_in_buffer=16"
     assert f"write {lines[0]} and {lines[1]}, for a buffer of the same size" in text
     changed: Any = plugins.options(ACTIVATION_SOURCES, load_config(config, lines).activations.source)
     assert changed.store_batch_size_prompts * changed.n_batches_in_buffer == 16 * 32
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(4, [8, 16, 32]), (6, [8, 16, 32]), (8, [8, 16, 32, 64]), (3, [8, 16])])
+def test_only_what_a_run_takes_is_compared(n: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer of the same size holds whole forwards, two of them at least."""
+    tried: list[int] = []
+
+    def compared(base: int, works: Any) -> dict[int, Compared]:
+        tried.extend(works)
+        return {}
+
+    monkeypatch.setattr(other_ways, "compared", compared)
+    monkeypatch.setattr(other_ways, "free_memory", lambda devices: {})
+    config = load_config({"activations": {"source": {"name": "live", "n_batches_in_buffer": n}}})
+    backend: Any = SimpleNamespace(device="cpu")
+    options = saekit.default_manager().options(ACTIVATION_SOURCES, config.activations.source)
+    other_ways._of_sizes(config, backend, torch.zeros(64, 4, dtype=torch.long), 16, options, 1.0, 128)
+    assert tried == sizes
+
+
+def test_where_nothing_is_compared_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="with --no-load .* there is no model to time: leave one of them out"):
+        saekit.plan({}, load=False, measure=True)
+    monkeypatch.setattr(other_ways, "_of_sizes", lambda *given: "16: the run's is as good as any")
+    tokens, backend = torch.zeros(64, 4, dtype=torch.long), SimpleNamespace(device="cpu")
+    given: Any = load_config({}), saekit.default_manager(), backend, tokens, 1.0
+    assert other_ways.told_of_ways(*given, rows=4, alone=False) == {
+        "contexts in a forward": "16: the run's is as good as any",
+        "model.compile": "not compared: the model was passed, and a second copy cannot be loaded",
+    }
+
+
+@pytest.mark.parametrize(
+    ("minutes", "seconds", "saves"), [(1, 39, False), (1, 41, True), (1, 100, True), (0, 100, False)]
+)
+def test_a_copy_is_forgotten_where_the_end_is_clearly_first(minutes: float, seconds: float, saves: bool) -> None:
+    run: Any = SimpleNamespace(config=load_config({"checkpoints": {"every_minutes": minutes}}))
+    assert planned_duration.TimedRun._saves_meanwhile(run, seconds) == saves
+
+
+def test_evals_that_fail_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*given: Any) -> float:
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(planned_duration, "timed_eval", failing)
+    found = saekit.plan(run_config(tmp_path, checkpoints={"folder": str(tmp_path), "every_minutes": 1000}))
+    assert "evals could not be timed: no such thing" in found.warnings
+    assert "eval_seconds" not in found.numbers
+    assert found.facts["duration"].endswith("; evals not counted")
+    assert found.problems == []
+
+
+def test_a_verdict_counts_what_is_no_tensor() -> None:
+    memory = Memory([Need(Of.MODEL, "cpu", 100)], [], [Need(Of.LOADING, "cpu", 160)])
+    assert memory.beside(50, 0).needed() == {"cpu": 210}
+    assert memory.beside(50, 80).needed() == {"cpu": 230}, "they start when the model is there"
+    assert memory.needed() == {"cpu": 160}
 
 
 def test_evals_are_part_of_the_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

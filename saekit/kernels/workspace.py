@@ -20,6 +20,7 @@ from torch import Tensor
 __all__ = ["SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
 
 _NUMPY_FROM = 1 << 22  # bytes: NumPy asks for large pages from here on
+_KEPT = 1 << 30  # bytes: results larger than this go back to the system at once
 _ALIGNED = 64  # bytes, a line of the cache; NumPy's large memory begins 16 bytes after one
 _LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again anyway
 _SPARES = 2  # of one shape: those of W_enc and W_dec
@@ -127,7 +128,7 @@ class Workspaces:
         """A tensor for somebody to keep, and whether it holds zeros; else it holds anything.
 
         On a CPU its memory is used for the next one once nobody has it any more.  One such block is kept, and no more
-        than twice as much as is asked for: on a virtual machine, fresh memory may cost as much as the product that it
+        than twice as much as is asked for, nor more than a gigabyte: on a virtual machine, fresh memory may cost as much as the product that it
         is for, since its host has to find it, too.
         """
         size = math.prod(shape) * dtype.itemsize
@@ -140,7 +141,7 @@ class Workspaces:
         if memory is None or not size <= len(memory) - _ALIGNED <= 2 * size:
             del memory  # before there is more
             memory, fresh = np.zeros(size + _ALIGNED, dtype=np.uint8), True
-        held = np.asarray(_Result(memory, self._spare))
+        held = memory if size > _KEPT else np.asarray(_Result(memory, self._spare))
         return _aligned(held, size).view(dtype).view(shape), fresh
 
     @contextmanager
@@ -161,9 +162,9 @@ class Workspaces:
             workspace.recycle(gradients)
 
     def release(self) -> None:
-        """Give what is not in use back to the system."""
+        """Give what is not in use back to the system, and what is in use as soon as it no longer is."""
         self._free.clear()
-        self._spare.clear()
+        self._spare = deque(maxlen=1)  # blocks that are out go back to the other, and with it
         self.known = None
 
     def __deepcopy__(self, memo: object) -> Workspaces:

@@ -20,9 +20,10 @@ import saekit
 import saekit.kernels.products
 import saekit.precision
 from saekit.config import SAEConfig
+from saekit.data import computed_by
 from saekit.errors import ConfigError
 from saekit.kernels.products import Operands, add_product_, product
-from saekit.precision import check_precision, current_precision, in_words, products
+from saekit.precision import changes_products, check_precision, current_precision, in_words, products
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
@@ -41,7 +42,7 @@ def as_it_was() -> Iterator[None]:
 @pytest.fixture
 def anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where each precision is another."""
-    monkeypatch.setattr(saekit.precision, "_changes", lambda precision, device: True)
+    monkeypatch.setattr(saekit.precision, "changes_products", lambda precision, device: True)
 
 
 def run_of(folder: Path, backend: Any, **training: Any) -> dict[str, Any]:
@@ -120,7 +121,7 @@ def test_where_there_are_no_products_of_float32(
 
 
 def test_where_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saekit.precision, "_changes", lambda precision, device: False)
+    monkeypatch.setattr(saekit.precision, "changes_products", lambda precision, device: False)
     for precision, short in (("high", "TF32"), ("medium", "bfloat16")):
         with pytest.raises(ConfigError) as caught:
             check_precision(precision, CPU, None)
@@ -135,7 +136,24 @@ def test_what_changes_is_found_by_multiplying(monkeypatch: pytest.MonkeyPatch) -
     for precision in ("high", "medium"):
         with products(precision):
             differs = not torch.equal(a @ b, exact)
-        assert saekit.precision._changes(precision, "cpu") == differs
+        assert changes_products(precision, "cpu") == differs
+
+
+def test_a_setting_that_changes_products_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without one: the operands are rounded where "medium" is set."""
+    made = torch.Tensor.__matmul__
+
+    def rounded(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        medium = torch.get_float32_matmul_precision() == "medium"
+        return made(self.bfloat16().float(), other.bfloat16().float()) if medium else made(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    changes_products.cache_clear()
+    try:
+        assert changes_products("medium", "cpu")
+        assert current_precision() == "highest"
+    finally:
+        changes_products.cache_clear()
 
 
 def test_words() -> None:
@@ -168,11 +186,54 @@ def test_settings_of_the_newer_kind_come_back() -> None:
     try:
         matmul.fp32_precision = "tf32"  # beside "highest", which torch calls a mix, and refuses to tell
         assert current_precision() == "high"
+        assert computed_by("cpu")["matmul precision"] == "high"
         with products("highest"):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one way to set it")
+def test_what_follows_torch_s_setting_of_all_follows_it_afterwards() -> None:
+    matmul, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    try:
+        matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with products("highest"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_two_threads_leave_it_as_it_was() -> None:
+    """The one that begins second would find what the first has set, and leave that."""
+    inside, ended = threading.Event(), threading.Event()
+    found: list[str] = []
+
+    def first() -> None:
+        with products("high"):
+            inside.set()
+            ended.wait(0.3)  # the other one does not end before
+
+    def second() -> None:
+        inside.wait()
+        with products("medium"):
+            time.sleep(0.1)
+            found.append(current_precision())
+        ended.set()
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["medium"]
+    assert current_precision() == "highest"
 
 
 @pytest.fixture

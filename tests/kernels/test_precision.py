@@ -212,20 +212,21 @@ def test_what_follows_torch_s_setting_of_all_follows_it_afterwards() -> None:
 
 def test_two_threads_leave_it_as_it_was() -> None:
     """The one that begins second would find what the first has set, and leave that."""
-    inside, ended = threading.Event(), threading.Event()
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
     found: list[str] = []
 
     def first() -> None:
         with products("high"):
-            inside.set()
-            ended.wait(0.3)  # the other one does not end before
+            first_in.set()
+            second_in.wait(0.2)  # which does not come
+        first_out.set()
 
     def second() -> None:
-        inside.wait()
+        first_in.wait()
         with products("medium"):
-            time.sleep(0.1)
+            second_in.set()
+            first_out.wait()
             found.append(current_precision())
-        ended.set()
 
     threads = [threading.Thread(target=each) for each in (first, second)]
     for thread in threads:

@@ -175,10 +175,10 @@ class Bfloat16Screen(Screen):
         return torch.mm(wide, encoder.weights.T, out=out), (lost * (1 + 2 * _ULP), norms * (1 + 2 * _ULP))
 
     def _rounded_encoder(self, above: Tensor | float) -> _Rounded:
-        owners = self.encoder.workspace.owners  # all screens round into the same memory
-        if self._rounded is None or self._above is not above or owners.get("rounded") is not self:
+        workspace = self.encoder.workspace  # all screens round into the same memory
+        if self._rounded is None or self._above is not above or not workspace.is_owner("rounded", self):
             self._rounded, self._above = self._round(above), above
-            owners["rounded"] = self
+            workspace.own("rounded", self)
         return self._rounded
 
     def _round(self, above: Tensor | float) -> _Rounded:

@@ -8,6 +8,7 @@ read here and there are found faster in them, too.  Other devices have a pool of
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -56,8 +57,7 @@ class Workspace:
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self.owners: dict[str, object] = {}
-        """Whose numbers are in the memory of a name, for those who would use them again."""
+        self._owners: dict[str, weakref.ref[object]] = {}
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with anything in it, whose memory the next call with this ``name`` uses again.
@@ -73,6 +73,15 @@ class Workspace:
             with torch.inference_mode(False):  # what is made there may not be written to elsewhere
                 block = self._scratch[name] = uninitialized((needed,), torch.uint8, device)
         return block[:needed].view(dtype).view(shape)
+
+    def own(self, name: str, owner: object) -> None:
+        """Note that the numbers in the memory of ``name`` are those of ``owner``, which this does not keep alive."""
+        self._owners[name] = weakref.ref(owner)
+
+    def is_owner(self, name: str, owner: object) -> bool:
+        """Whether they still are, for who would use them again."""
+        known = self._owners.get(name)
+        return known is not None and known() is owner
 
     def mask_like(self, pre: Tensor) -> Tensor:
         """A bool tensor of the shape of ``pre [n, m]``, in the memory of gradients, which come later."""

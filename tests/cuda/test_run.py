@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -75,9 +74,8 @@ PARTS = """
 import os, subprocess, time
 def steps(device, *, quick): raise ValueError(f"on {device}, quick: {quick}")
 def waits(device, *, quick):
-    subprocess.Popen(["sleep", "60"])
+    subprocess.Popen(["sleep", "90"])  # whoever reads its output waits for it, unless it is ended, too
     yield {"d": 4.5}
-    print(os.getpid(), file=open("group", "w"))
     time.sleep(60)
 def determinism(device, *, quick): os._exit(7)
 def memory(device, *, quick): return {"ok": True, "rows": [{"a": 1.23456, "b": "x|y"}, {"c": 2}]}
@@ -95,8 +93,6 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(tmp_path: Path) -> No
     assert parts["steps"]["error"] == "ValueError: on cpu, quick: False"
     assert parts["waits"]["error"] == "took more than 3 seconds"
     assert parts["waits"]["rows"] == [{"d": 4.5}]
-    with pytest.raises(ProcessLookupError):  # what it started has ended, too
-        os.killpg(int((tmp_path / "group").read_text()), 0)
     assert parts["determinism"]["error"] == "its process ended with 7"
     assert parts["memory"]["ok"]
     text = (tmp_path / "out" / "cuda.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import time
 from collections.abc import Iterator
@@ -11,10 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.transcoder import TranscoderConfig
 from support.kernels import built, seeded
 from support.tiny import run_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
 import saekit.kernels.products
@@ -273,3 +278,44 @@ def test_a_step_is_near_that_in_full(config: SAEConfig) -> None:
         exact, rounded = found[0][name], found[1][name]
         off = float((exact - rounded).norm() / exact.norm())
         assert 1e-5 < off < 0.1, f"{name}: {off}"
+
+
+@pytest.mark.usefixtures("rounded_here")
+@pytest.mark.parametrize(
+    "config",
+    [
+        GatedConfig(d_sae=64),
+        JumpReLUConfig(d_sae=64, pre_act_loss_coefficient=0.1),
+        TranscoderConfig(d_sae=64, skip_connection=True),
+    ],
+    ids=lambda config: type(config).__name__,
+)  # fmt: skip
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_steps_multiply_by_these_products_alone(config: Any, at_hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is multiplied elsewhere would be TF32 on CUDA."""
+    for module in ("gated", "jumprelu"):
+        found = importlib.import_module(f"saekit_plugins.architectures.{module}.module")
+        if hasattr(found, "at_hand"):
+            monkeypatch.setattr(found, "at_hand", lambda device: at_hand)
+    sae = built(config, d_in=32)
+    given = StepInput(
+        step=9, generator=seeded(), dead=torch.arange(64) % 5 == 0, target=torch.randn(50, 32, generator=seeded(4))
+    )
+    with Products() as seen:
+        sae.training_step(torch.randn(50, 32, generator=seeded(3)), given)
+    assert not seen.raw
+
+
+class Products(TorchDispatchMode):
+    """Keeps the matrix products of numbers that are not rounded to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            for matrix in [each for each in args if isinstance(each, torch.Tensor)][-2:]:
+                if not torch.equal(matrix, matrix.bfloat16().to(matrix.dtype)):
+                    self.raw.append(str(func))
+        return func(*args, **(kwargs or {}))

@@ -74,11 +74,27 @@ def test_memory_of_features_is_used_again_and_holds_nothing_of_before(sae: SAE) 
 @pytest.mark.parametrize(
     "keep",
     [
-        lambda f: f, lambda f: f[5:7], lambda f: f.numpy(), lambda f: f.untyped_storage(), lambda f: f.T.detach(),
-        lambda f: torch.from_dlpack(f), lambda f: np.from_dlpack(f), lambda f: memoryview(f.numpy()),
+        lambda f: f,
+        lambda f: f[5:7],
+        lambda f: f.numpy(),
+        lambda f: f.untyped_storage(),
+        lambda f: f.T.detach(),
+        lambda f: torch.from_dlpack(f),
+        lambda f: np.from_dlpack(f),
+        lambda f: memoryview(f.numpy()),
         lambda f: (f * torch.ones(1, dtype=f.dtype, requires_grad=True)).grad_fn,
     ],
-    ids=["itself", "a part", "an array", "its storage", "a view", "dlpack", "NumPy's dlpack", "a memoryview", "grad_fn"],
+    ids=[
+        "itself",
+        "a part",
+        "an array",
+        "its storage",
+        "a view",
+        "dlpack",
+        "NumPy's dlpack",
+        "a memoryview",
+        "grad_fn",
+    ],
 )
 def test_memory_that_somebody_has_is_not_used_again(sae: SAE, keep: Callable[[Tensor], Any]) -> None:
     first = sae.encode(rows(1))

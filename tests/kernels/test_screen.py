@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -210,3 +212,15 @@ def test_medium_is_said_to_be_bfloat16_only_where_it_is(monkeypatch: pytest.Monk
             assert saekit.kernels.why_no_screen(torch.device("cpu"), torch.float32, 4096) == why
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_an_encoder_that_was_screened_is_not_kept(screen: str) -> None:
+    encoder, rows = screened(64, 1024, "plain")
+    weights, workspace = weakref.ref(encoder.W_enc), encoder.workspace
+    made = SCREENS[screen](encoder)
+    assert made.active(rows, 0.0) is not None
+    del encoder, made
+    gc.collect()
+    assert weights() is None
+    del workspace

@@ -137,8 +137,8 @@ class Workspaces:
         """A tensor for somebody to keep, and whether it holds zeros; else it holds anything.
 
         On a CPU its memory is used for the next one once nobody has it any more.  One such block is kept, and no more
-        than twice as much as is asked for, nor more than a gigabyte: on a virtual machine, fresh memory may cost as much as the product that it
-        is for, since its host has to find it, too.
+        than twice as much as is asked for, nor more than a gigabyte: on a virtual machine, fresh memory may cost as
+        much as the product that it is for, since its host has to find it, too.
         """
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < _NUMPY_FROM:

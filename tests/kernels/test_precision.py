@@ -282,16 +282,18 @@ def test_a_step_is_near_that_in_full(config: SAEConfig) -> None:
 
 @pytest.mark.usefixtures("rounded_here")
 @pytest.mark.parametrize(
-    "config",
+    ("config", "others"),
     [
-        GatedConfig(d_sae=64),
-        JumpReLUConfig(d_sae=64, pre_act_loss_coefficient=0.1),
-        TranscoderConfig(d_sae=64, skip_connection=True),
+        (GatedConfig(d_sae=64), 0),
+        (JumpReLUConfig(d_sae=64, pre_act_loss_coefficient=0.1), 0),
+        (TranscoderConfig(d_sae=64, skip_connection=True), 2),  # the skip connection's own, which is plain torch's
     ],
-    ids=lambda config: type(config).__name__,
+    ids=["gated", "jumprelu", "transcoder"],
 )  # fmt: skip
 @pytest.mark.parametrize("at_hand", [True, False])
-def test_steps_multiply_by_these_products_alone(config: Any, at_hand: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_multiply_by_these_products_alone(
+    config: Any, others: int, at_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is multiplied elsewhere would be TF32 on CUDA."""
     for module in ("gated", "jumprelu"):
         found = importlib.import_module(f"saekit_plugins.architectures.{module}.module")
@@ -303,7 +305,7 @@ def test_steps_multiply_by_these_products_alone(config: Any, at_hand: bool, monk
     )
     with Products() as seen:
         sae.training_step(torch.randn(50, 32, generator=seeded(3)), given)
-    assert not seen.raw
+    assert len(seen.raw) == others
 
 
 class Products(TorchDispatchMode):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
+from threading import RLock
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from saekit.errors import ConfigError
@@ -12,11 +13,12 @@ from saekit.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Precision", "check_precision", "current_precision", "in_words", "products"]
+__all__ = ["Precision", "changes_products", "check_precision", "current_precision", "in_words", "products"]
 
 Precision: TypeAlias = Literal["highest", "high", "medium"]
 """As in ``torch.set_float32_matmul_precision``."""
 
+_ONE_AT_A_TIME = RLock()  # of those that have no turns: what one sets, another would take for what was there before
 _OPTION = "training.matmul_precision"
 _SHORT = {"high": "TF32", "medium": "bfloat16"}
 
@@ -35,14 +37,15 @@ def current_precision() -> str:
 def products(precision: Precision | None, turns: AbstractContextManager[object] | None = None) -> Iterator[None]:
     """Products of float32 numbers in ``precision``, and afterwards as before; None: as they are.
 
-    ``turns`` is held meanwhile by whoever else may multiply in another thread, such as the language model.
+    ``turns`` is held meanwhile by whoever else may multiply in another thread, such as the language model.  Without,
+    threads that choose a precision wait for each other.
     """
     if precision is None:
         yield
         return
     import torch
 
-    with turns or nullcontext():
+    with _ONE_AT_A_TIME if turns is None else turns:
         each = [
             backend.matmul for backend in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(backend, "matmul")
         ]
@@ -51,21 +54,23 @@ def products(precision: Precision | None, turns: AbstractContextManager[object] 
             before = torch.get_float32_matmul_precision()
         except RuntimeError:
             before = "highest"
-        torch.set_float32_matmul_precision(precision)
         try:
+            torch.set_float32_matmul_precision(precision)
             yield
         finally:
             torch.set_float32_matmul_precision(before)
             for one, value in zip(each, found, strict=True):
-                if value is not None and one.fp32_precision != value:
-                    one.fp32_precision = value
+                if value is not None:
+                    one.fp32_precision = "none"  # it follows torch.backends.fp32_precision, as it did if that is it
+                    if one.fp32_precision != value:
+                        one.fp32_precision = value
 
 
 def check_precision(precision: Precision | None, device: torch.device, why_other: str | None) -> None:
     """:class:`ConfigError` where it would change nothing: ``why_other``, in words, or this device cannot."""
     if precision is None:
         return
-    if why_other is None and (precision == "highest" or _changes(precision, device.type)):
+    if why_other is None and (precision == "highest" or changes_products(precision, device.type)):
         return
     why = why_other or (
         f"float32 products come out the same with it on this {device.type.upper()}, which has none in "
@@ -86,7 +91,7 @@ def in_words(precision: Precision | None, device: torch.device, *, fast: bool) -
 
 
 @cache
-def _changes(precision: Precision, device: str) -> bool:
+def changes_products(precision: Precision, device: str) -> bool:
     """Whether products on ``device`` come out differently; that depends on the machine, torch and its libraries."""
     import torch
 

@@ -65,7 +65,13 @@ def show_machine(found: Found, console: Console) -> None:
         for one in timed:
             plain = "the same" if one.why_plain is not None else _times(one, one.plain)
             uses = [_times(one, seconds) for seconds in one.uses.values()]
-            table.add_row(printable(names[one.architecture]), f"{one.l0:.0f}", _times(one, one.step), plain, *uses)
+            table.add_row(
+                printable(names[one.architecture]),
+                "–" if one.l0 is None else f"{one.l0:.0f}",
+                _times(one, one.step),
+                plain,
+                *uses,
+            )
         console.print(table)
     line("")
     for text in _ways(found.timed):
@@ -118,6 +124,11 @@ def _ways(timed: Sequence[Timed]) -> list[str]:
             lines.append('  training.kernels = "fast" takes the fast kernels')
         else:
             lines.append(f'  training.kernels = "fast" is refused: {if_fast}')
+        for reason in (reasons := dict.fromkeys(one.if_int8 for one in those)):
+            of = [one for one in those if one.if_int8 == reason]
+            where = f" ({_sizes_text({(one.d_in, one.d_sae) for one in of})})" if len(reasons) > 1 else ""
+            int8 = "takes a first look in 8-bit integers" if reason is None else f"is refused: {reason}"
+            lines.append(f'  training.kernels = "int8"{where} {int8}')
     lines += [f"not at work here: {text}" for text in dict.fromkeys(text for one in timed for text in one.others)]
     return lines
 

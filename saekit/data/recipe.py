@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.precision import current_precision
 from saekit.site import Site
 from saekit.values import Batch
 
@@ -110,7 +111,7 @@ def _of_forward(sums: Tensor, places: Tensor) -> Tensor:
 def computed_by(device: str) -> dict[str, str]:
     """What the last digits of a forward depend on beside the model and its input, as far as it is known, by name."""
     where = torch.device(device)
-    known = {"torch": torch.__version__, "matmul precision": torch.get_float32_matmul_precision()}
+    known = {"torch": torch.__version__, "matmul precision": current_precision()}
     if where.type == "cuda":
         return known | {"device": torch.cuda.get_device_name(where)}
     if where.type == "cpu":

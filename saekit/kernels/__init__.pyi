@@ -25,6 +25,8 @@ from .nested import NestedStep as NestedStep
 from .penalty import SparsityPenalty as SparsityPenalty
 from .private_torch import is_of_compiler as is_of_compiler
 from .private_torch import relu_gradient_ as relu_gradient_
+from .products import add_product_ as add_product_
+from .products import product as product
 from .screen import screen_for as screen_for
 from .screen import why_no_screen as why_no_screen
 from .sparse import SparseFeatures as SparseFeatures

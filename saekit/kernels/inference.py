@@ -57,7 +57,9 @@ class _Known:
         entries = self.entries
         if features.data_ptr() != self.address or features.shape != entries.shape or not features.is_contiguous():
             return False
-        if features.dtype != entries.values.dtype or count_where(features, not_zero) != len(entries):
+        if features.dtype != entries.values.dtype:
+            return False
+        if count_where(features, not_zero) != int(torch.count_nonzero(entries.values)):  # an entry may be zero
             return False
         return torch.equal(features.view(-1).index_select(0, entries.flat), entries.values)
 

@@ -96,10 +96,10 @@ class Int8Bounds:
         return bounds
 
     def _rounded_encoder(self, rows: Tensor, above: Tensor | float) -> _Rounded:
-        owners = self.encoder.workspace.owners  # all screens round into the same memory
-        if self._rounded is None or self._above is not above or owners.get("rounded") is not self:
+        workspace = self.encoder.workspace  # all screens round into the same memory
+        if self._rounded is None or self._above is not above or not workspace.is_owner("rounded", self):
             self._rounded, self._above = self._round(rows, above), above
-            owners["rounded"] = self
+            workspace.own("rounded", self)
         return self._rounded
 
     def _round(self, rows: Tensor, above: Tensor | float) -> _Rounded:

@@ -22,7 +22,7 @@ from saekit.kernels.int8 import MOST_INPUTS, Int8Bounds
 from saekit.kernels.largest import largest_of_each_row, largest_of_groups, number_of_groups
 from saekit.kernels.private_torch import has_bfloat16_products, why_no_int8_products
 from saekit.kernels.sparse import SparseFeatures
-from saekit.precision import current_precision
+from saekit.precision import changes_products, current_precision
 
 __all__ = ["Bfloat16Screen", "Int8Screen", "Screen", "screen_for", "why_no_screen"]
 
@@ -42,7 +42,7 @@ def why_no_screen(device: torch.device, dtype: torch.dtype, d_sae: int, int8: bo
         return f"not on {device.type}"
     if d_sae < _SMALLEST:
         return f"not for fewer than {_SMALLEST} features"
-    if current_precision() == "medium":
+    if current_precision() == "medium" and changes_products("medium", device.type):
         return "products are in bfloat16 anyway"
     if int8:
         return why_no_int8_products()
@@ -175,10 +175,10 @@ class Bfloat16Screen(Screen):
         return torch.mm(wide, encoder.weights.T, out=out), (lost * (1 + 2 * _ULP), norms * (1 + 2 * _ULP))
 
     def _rounded_encoder(self, above: Tensor | float) -> _Rounded:
-        owners = self.encoder.workspace.owners  # all screens round into the same memory
-        if self._rounded is None or self._above is not above or owners.get("rounded") is not self:
+        workspace = self.encoder.workspace  # all screens round into the same memory
+        if self._rounded is None or self._above is not above or not workspace.is_owner("rounded", self):
             self._rounded, self._above = self._round(above), above
-            owners["rounded"] = self
+            workspace.own("rounded", self)
         return self._rounded
 
     def _round(self, above: Tensor | float) -> _Rounded:

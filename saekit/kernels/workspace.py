@@ -8,6 +8,7 @@ read here and there are found faster in them, too.  Other devices have a pool of
 from __future__ import annotations
 
 import math
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from torch import Tensor
 __all__ = ["SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
 
 _NUMPY_FROM = 1 << 22  # bytes: NumPy asks for large pages from here on
+_KEPT = 1 << 30  # bytes: results larger than this go back to the system at once
 _ALIGNED = 64  # bytes, a line of the cache; NumPy's large memory begins 16 bytes after one
 _LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again anyway
 _SPARES = 2  # of one shape: those of W_enc and W_dec
@@ -55,8 +57,7 @@ class Workspace:
     def __init__(self) -> None:
         self._scratch: dict[str, Tensor] = {}
         self._spare: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self.owners: dict[str, object] = {}
-        """Whose numbers are in the memory of a name, for those who would use them again."""
+        self._owners: dict[str, weakref.ref[object]] = {}
 
     def scratch(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor with anything in it, whose memory the next call with this ``name`` uses again.
@@ -72,6 +73,15 @@ class Workspace:
             with torch.inference_mode(False):  # what is made there may not be written to elsewhere
                 block = self._scratch[name] = uninitialized((needed,), torch.uint8, device)
         return block[:needed].view(dtype).view(shape)
+
+    def own(self, name: str, owner: object) -> None:
+        """Note that the numbers in the memory of ``name`` are those of ``owner``, which this does not keep alive."""
+        self._owners[name] = weakref.ref(owner)
+
+    def is_owner(self, name: str, owner: object) -> bool:
+        """Whether they still are, for who would use them again."""
+        known = self._owners.get(name)
+        return known is not None and known() is owner
 
     def mask_like(self, pre: Tensor) -> Tensor:
         """A bool tensor of the shape of ``pre [n, m]``, in the memory of gradients, which come later."""
@@ -127,8 +137,8 @@ class Workspaces:
         """A tensor for somebody to keep, and whether it holds zeros; else it holds anything.
 
         On a CPU its memory is used for the next one once nobody has it any more.  One such block is kept, and no more
-        than twice as much as is asked for: on a virtual machine, fresh memory may cost as much as the product that it
-        is for, since its host has to find it, too.
+        than twice as much as is asked for, nor more than a gigabyte: on a virtual machine, fresh memory may cost as
+        much as the product that it is for, since its host has to find it, too.
         """
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < _NUMPY_FROM:
@@ -140,7 +150,7 @@ class Workspaces:
         if memory is None or not size <= len(memory) - _ALIGNED <= 2 * size:
             del memory  # before there is more
             memory, fresh = np.zeros(size + _ALIGNED, dtype=np.uint8), True
-        held = np.asarray(_Result(memory, self._spare))
+        held = memory if size > _KEPT else np.asarray(_Result(memory, self._spare))
         return _aligned(held, size).view(dtype).view(shape), fresh
 
     @contextmanager
@@ -161,9 +171,9 @@ class Workspaces:
             workspace.recycle(gradients)
 
     def release(self) -> None:
-        """Give what is not in use back to the system."""
+        """Give what is not in use back to the system, and what is in use as soon as it no longer is."""
         self._free.clear()
-        self._spare.clear()
+        self._spare = deque(maxlen=1)  # blocks that are out go back to the other, and with it
         self.known = None
 
     def __deepcopy__(self, memo: object) -> Workspaces:

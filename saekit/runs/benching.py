@@ -84,8 +84,8 @@ class Timed:
     rows: int
     product: float
     """Of one product with an encoder, ``mm1``."""
-    l0: float
-    """Features that are active in a row while it trains."""
+    l0: float | None
+    """Features that are active in a row while it trains; None: its steps do not tell."""
     step: float
     """Of a training step by the way that is taken."""
     plain: float
@@ -98,6 +98,8 @@ class Timed:
     """Why that is plain torch; None: it is not."""
     if_fast: str | None
     """What `training.kernels = "fast"` would say against it; None: it would take the fast kernels."""
+    if_int8: str | None
+    """What `"int8"` would; None: it would take them, with a first look in 8-bit integers."""
     others: Sequence[str] = ()
     """Step kernels of plugins for this architecture, and why each is not at work here."""
 
@@ -279,18 +281,20 @@ def _timed(
         step = timed(lambda: seen.append(trainer.train_on(x)), _STEP, _STEP + 3 * _USE + _PLAIN)
         for number, (name, use) in enumerate(_uses(sae, x).items()):
             uses[name] = timed(use, _USE, (3 - number) * _USE + _PLAIN)
-        if_fast, plain = _by(trainer, "fast", trainer.why_reference), step
+        if_fast, if_int8 = (_by(trainer, kernels, trainer.why_reference) for kernels in ("fast", "int8"))
+        plain = step
         if why is None:
             plain = _by(trainer, "reference", lambda: timed(lambda: trainer.train_on(x), 1, 1))
     return Timed(
         architecture=item.key, d_in=size[0], d_sae=sae.d_sae, rows=len(x), product=product, step=step,
         l0=_number(seen[0].get("metrics/l0")),
-        plain=plain, uses=uses, path=path, why_plain=why, if_fast=if_fast, others=_others(item, sae, plugins),
+        plain=plain, uses=uses, path=path, why_plain=why, if_fast=if_fast, if_int8=if_int8,
+        others=_others(item, sae, plugins),
     )  # fmt: skip
 
 
-def _number(found: object) -> float:
-    return found if isinstance(found, float) else math.nan
+def _number(found: object) -> float | None:
+    return found if isinstance(found, float) and math.isfinite(found) else None
 
 
 def _by(trainer: SAETrainer, kernels: Any, work: Callable[[], Any]) -> Any:
@@ -328,7 +332,9 @@ def _leave_active(sae: SAEModule, rows: Tensor) -> None:
     if 0 < found <= wanted:
         return
     few, at = rows[:_FEW], 0.0
-    with contextlib.suppress(NotImplementedError, AttributeError):  # of one that has none, as it is
+    if not _can_be_shifted(sae):
+        return
+    with contextlib.suppress(NotImplementedError):  # of one that has none, as it is
         pre = sae.pre_activations(rows)
         high = float(pre.abs().max()) + 1.0  # as a threshold may be
         low, middle = -high, -float(pre.flatten().topk(int(wanted * len(rows))).values[-1])
@@ -339,6 +345,13 @@ def _leave_active(sae: SAEModule, rows: Tensor) -> None:
                 return
             low, high = (low, middle) if found > wanted else (middle, high)
             middle = (low + high) / 2
+
+
+def _can_be_shifted(sae: SAEModule) -> bool:
+    """Whether it has pre-activations and a bias of them: those of every SAE, or as it says itself."""
+    names, own = {name for name, _ in sae.named_parameters()}, type(sae)
+    has_pre = "W_enc" in names or own.pre_activations is not SAEModule.pre_activations
+    return has_pre and ("b_enc" in names or own.shift_pre_activations is not SAEModule.shift_pre_activations)
 
 
 def _others(item: Registered, sae: SAEModule, plugins: PluginManager) -> list[str]:

@@ -146,7 +146,7 @@ class TimedRun:
                 return None
 
     def _first_step(self, trainer: SAETrainer, rows: Batch) -> None:
-        """The features that no activation makes fire before anything is learnt."""
+        """The features that no activation makes fire before anything is learned."""
         silent, share = silent_at_start(trainer, rows)
         d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
         self.numbers["silent_at_start"] = silent

@@ -15,6 +15,7 @@ from saekit.data.cache.read import available_memory
 from saekit.evals.pieces import at_once
 from saekit.kernels.encoder import CHUNK
 from saekit.kernels.kernel import StepKernel, Use, choose, kernels_of
+from saekit.precision import products
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 from saekit.values import StepInput
@@ -192,7 +193,8 @@ def _fast_kernel(sae: SAEModule, training: TrainingConfig, device: str) -> StepK
         compiled=training.compile,
         learning=frozenset(name for name, value in sae.named_parameters() if value.requires_grad),
     )
-    kernel, _ = choose(kernels_of(sae, use.device), sae, use)
+    with products(training.matmul_precision):
+        kernel, _ = choose(kernels_of(sae, use.device), sae, use)
     kind = "cpu" if use.device.type == "cpu" else "meta"  # rows that are on no CPU, for what asks where they are
     dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=kind)
     step = StepInput(step=0, generator=torch.Generator(), dead=dead)

@@ -252,7 +252,10 @@ class SAETrainer:
 
     def why_reference(self) -> str | None:
         """Why its steps take the way of autograd; None: they take the fast one."""
-        with torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products):
+        with (
+            products(self.training.matmul_precision, self.turns),
+            torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products),
+        ):
             return self.sae.why_reference()
 
     def _begin_finetuning_if_due(self) -> None:

@@ -139,9 +139,44 @@ def test_what_it_says_of_other_ways(found: Found) -> None:
         attrs.evolve(found, timed=fast)
     )
     assert '"fast" changes nothing here' in text
+    looked = [attrs.evolve(one, path="fast", if_int8=None if one.d_sae > 600 else "few") for one in found.timed]
+    text_of_int8 = shown(attrs.evolve(found, timed=looked))
+    assert 'training.kernels = "int8" (8 → 1,024) takes a first look in 8-bit integers' in text_of_int8
+    assert 'training.kernels = "int8" (16 → 512) is refused: few' in text_of_int8
     assert "not for fewer than 1024 features" in text or found.device != "cpu"
     if found.machine.triton is None:
         assert "not at work here: saekit:triton_topk needs triton, which is not installed" in text
+
+
+def test_without_a_number_of_active_features(found: Found, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_step = SAETrainer.train_on
+    monkeypatch.setattr(SAETrainer, "train_on", lambda *given: {**own_step(*given), "metrics/l0": math.nan})
+    asked = Bench(architectures=("topk",), sizes=((16, 128),), seconds=0.2, rows=256, device="cpu")
+    result = bench(asked, verbose=False)
+    assert [row["l0"] for row in json.loads(json.dumps(result.to_dict(), allow_nan=False))["rows"]] == [None]
+    assert [line.split()[1] for line in shown(result).splitlines() if line.startswith("topk ")] == ["–"]
+
+
+class BrokenSAE(StandardSAE):
+    """Whose code has a mistake."""
+
+    def shift_pre_activations(self, shift: torch.Tensor) -> None:
+        self.no_such_name.add_(shift)
+
+
+class Broken:
+    """A plugin."""
+
+    @saekit.hookimpl
+    def saekit_register_sae_architectures(self) -> Iterable[saekit.Entry]:
+        yield saekit.Entry("broken", OwnConfig, BrokenSAE, summary="a mistake")
+
+
+def test_a_mistake_of_a_stranger_is_not_passed_over() -> None:
+    plugins = isolated_manager(Broken(), builtins=True)
+    asked = Bench(architectures=("broken",), sizes=((16, 256),), seconds=0.3, rows=256, device="cpu")
+    with pytest.raises(saekit.SaekitError, match="no_such_name"):
+        bench(asked, plugins=plugins, verbose=False)
 
 
 def test_the_command_gives_json() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from saekit.sae.build import build_module
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.trainer import SAETrainer
+
+Made: TypeAlias = Generator[dict[str, Any], None, dict[str, Any]]
+"""A part: its rows, as they are found, and then what it says of all."""
 
 K = 32
 _JUMP = {"initial_threshold": 0.5, "bandwidth": 0.8, "pre_act_loss_coefficient": 0.1}
@@ -52,6 +55,12 @@ CASES: dict[str, dict[str, Any]] = {
 def rows(n: int, d: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """On the CPU, the same everywhere."""
     return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def weights_of(d_in: int, d_sae: int) -> dict[str, Tensor]:
+    """Unit decoder rows, the encoder their transpose."""
+    decoder = torch.nn.functional.normalize(rows(d_sae, d_in, seed=1), dim=1)
+    return {"W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in)}
 
 
 def trainer_of(

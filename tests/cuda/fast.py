@@ -5,12 +5,12 @@ from __future__ import annotations
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from cases import CASES, K, precision, rows, trainer_of
+from cases import CASES, K, Made, precision, rows, trainer_of, weights_of
 from torch import Tensor
 
 from saekit.kernels import Encoder, Workspace
@@ -18,7 +18,8 @@ from saekit.kernels.encoder import CHUNK
 
 SIZES = [(512, 4096), (768, 24576), (4096, 65536)]
 BATCH = 4096
-PRECISIONS = ("float32", "TF32", "bfloat16")
+PRECISIONS = {"float32": 1e-5, "TF32": 2e-3, "bfloat16": 1e-2}
+"""And how far off a product in each may be: three to ten times what rounding its operands makes."""
 PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121,
          "A10": 125, "RTX 4090": 165}  # fmt: skip
 """Teraflops of dense bfloat16 products with sums in float32, from the makers' data sheets, by a part of the name."""
@@ -55,15 +56,9 @@ def peak(device: str) -> float | None:
     return next((1e12 * flops for part, flops in PEAKS.items() if part in name), None)
 
 
-def weights_of(d_in: int, d_sae: int) -> dict[str, Tensor]:
-    """Unit decoder rows, the encoder their transpose."""
-    decoder = torch.nn.functional.normalize(rows(d_sae, d_in, seed=1), dim=1)
-    return {"W_enc": decoder.T.contiguous(), "W_dec": decoder, "b_enc": torch.zeros(d_sae), "b_dec": torch.zeros(d_in)}
-
-
-def products(device: str, *, quick: bool) -> dict[str, Any]:
-    """The encoder's product, in chunks as in a step and rounded as there, beside the peak; and torch's own in one."""
-    found, best = [], 0.0
+def products(device: str, *, quick: bool) -> Made:
+    """The encoder's product, in chunks as in a step and rounded as there, beside the peak, and how far off it is."""
+    well, best = True, 0.0
     many, n = sizes(quick=quick)
     for d_in, d_sae in many:
         x = rows(n, d_in).to(device)
@@ -71,15 +66,30 @@ def products(device: str, *, quick: bool) -> dict[str, Any]:
         flops = 2.0 * n * d_in * d_sae
         for name in PRECISIONS:
             row: dict[str, Any] = {"size": f"{d_in} -> {d_sae}", "precision": name}
-            with precision(name):
-                taken = seconds(lambda x=x, encoder=encoder: _chunks(x, encoder), device, quick=quick)  # type: ignore[misc]
+            try:
+                with precision(name):
+                    taken = seconds(lambda x=x, encoder=encoder: _chunks(x, encoder), device, quick=quick)  # type: ignore[misc]
+                    row["off by"] = _off(x, encoder)
+            except Exception as error:
+                well, row["error"] = False, f"{type(error).__name__}: {error}"[:200]
+                yield row
+                continue
+            well &= row["off by"] < PRECISIONS[name]
             row |= {"ms": 1000 * taken, "teraflops": flops / taken / 1e12}
             if (most := peak(device)) is not None:
                 row["of the bfloat16 peak"] = f"{100 * flops / taken / most:.0f} %"
                 best = max(best, flops / taken / most)
-            found.append(row)
+            yield row
     text = f"at best {100 * best:.0f} % of the bfloat16 peak" if best else ""
-    return {"ok": True, "rows": found, "text": text}
+    return {"ok": well, "text": text}
+
+
+def _off(x: Tensor, decoder: Tensor) -> float:
+    """How far a part of the product is from that in float64, relative to it."""
+    x, decoder = x[:64], decoder[:512]
+    made = Encoder(decoder.T, decoder.new_zeros(len(decoder)), Workspace()).product(x).double()
+    exact = x.double() @ decoder.double().T
+    return float((made - exact).norm() / exact.norm())
 
 
 def _chunks(x: Tensor, decoder: Tensor) -> None:
@@ -88,27 +98,28 @@ def _chunks(x: Tensor, decoder: Tensor) -> None:
         encoder.product(part)
 
 
-def speed(device: str, *, quick: bool) -> dict[str, Any]:
+def speed(device: str, *, quick: bool) -> Made:
     """Whole steps in each precision, by plain kernels and, where it is there, by Triton's, and by autograd."""
-    found = []
+    well = True
     many, n = sizes(quick=quick)
     for d_in, d_sae in many:
         x, weights = rows(n, d_in).to(device), weights_of(d_in, d_sae)
         for name in ("standard", "topk", "batchtopk"):
             for way in ("", "without Triton", "reference"):
-                for short in PRECISIONS if way != "reference" else ("float32",):
-                    row = _one(name, way, short, x, weights, device, quick=quick)
-                    found += [] if row is None else [row]
+                for row in _each(name, way, x, weights, device, quick=quick):
+                    well &= "error" not in row
+                    yield row
                 if device.startswith("cuda"):
                     torch.cuda.empty_cache()
-    return {"ok": all("error" not in row for row in found), "rows": found}
+    return {"ok": well}
 
 
-def _one(
-    name: str, way: str, short: str, x: Tensor, weights: Mapping[str, Tensor], device: str, *, quick: bool
-) -> dict[str, Any] | None:
+def _each(
+    name: str, way: str, x: Tensor, weights: Mapping[str, Tensor], device: str, *, quick: bool
+) -> Iterator[dict[str, Any]]:
+    """Steps of one trainer in each precision; nothing where this way is not there."""
     d_in, d_sae = weights["W_enc"].shape
-    row: dict[str, Any] = {"size": f"{d_in} -> {d_sae}", "case": name, "precision": short}
+    known: dict[str, Any] = {"size": f"{d_in} -> {d_sae}", "case": name}
     try:
         trainer = step_trainer(name, weights, device)
         sae: Any = trainer.sae
@@ -116,14 +127,20 @@ def _one(
             sae.kernels = "reference"
         elif way:
             if not sae.served_by:
-                return None
+                return
             sae.served_by = type(sae.served_by)()
-        row["way"] = trainer.step_path().split(",")[0]
-        with precision(short):
-            row["µs per token"] = 1e6 * seconds(lambda: trainer.train_on(x), device, quick=quick) / len(x)
+        known["way"] = trainer.step_path().split(",")[0]
     except Exception as error:
-        row["error"] = f"{type(error).__name__}: {error}"[:200]
-    return row
+        yield known | {"error": f"{type(error).__name__}: {error}"[:200]}
+        return
+    for short in PRECISIONS if way != "reference" else ("float32",):
+        row = {**known, "precision": short}
+        try:
+            with precision(short):
+                row["µs per token"] = 1e6 * seconds(lambda: trainer.train_on(x), device, quick=quick) / len(x)
+        except Exception as error:
+            row["error"] = f"{type(error).__name__}: {error}"[:200]
+        yield row
 
 
 def step_trainer(name: str, weights: Mapping[str, Tensor], device: str) -> Any:
@@ -133,13 +150,13 @@ def step_trainer(name: str, weights: Mapping[str, Tensor], device: str) -> Any:
     return trainer_of(options, d_in, d_sae, device, weights=weights, lr=1e-7, dead_feature_window=10**6)
 
 
-def peers(device: str, *, quick: bool) -> dict[str, Any]:
+def peers(device: str, *, quick: bool) -> Made:
     """The steps of sae-lens and of sparsify, each by its own code, beside saekit's on the same weights and rows."""
     here = Path(__file__).resolve().parent
     sys.path[:0] = [str(here / "bench"), str(here.parent / "bench")]
     import peers as others
 
-    found: list[dict[str, Any]] = []
+    well = True
     left_out = [name for name in ("sae-lens", "eai-sparsify") if others.version(name) is None]
     many, n = sizes(quick=quick)
     for d_in, d_sae in many:
@@ -148,21 +165,23 @@ def peers(device: str, *, quick: bool) -> dict[str, Any]:
             try:
                 known = others.peer_steps(name, weights, x)
             except Exception as error:
-                found.append({"size": f"{d_in} -> {d_sae}", "step": name, "error": f"{type(error).__name__}: {error}"})
-                known = {}
+                well, known = False, {}
+                yield {"size": f"{d_in} -> {d_sae}", "step": name, "error": f"{type(error).__name__}: {error}"}
             trainer = step_trainer(name, weights, device)
             known[f"saekit {name}"] = lambda trainer=trainer, x=x: trainer.train_on(x)
-            found += _beside(f"{d_in} -> {d_sae}", known, len(x), device, quick=quick)
+            for row in _beside(f"{d_in} -> {d_sae}", known, len(x), device, quick=quick):
+                well &= "error" not in row
+                yield row
             del known, trainer
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
     text = f"left out: {', '.join(left_out)}" if left_out else ""
-    return {"ok": all("error" not in row for row in found), "rows": found, "text": text}
+    return {"ok": well, "text": text}
 
 
-def _beside(size: str, known: Mapping[str, Any], n: int, device: str, *, quick: bool) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+def _beside(size: str, known: Mapping[str, Any], n: int, device: str, *, quick: bool) -> Iterator[dict[str, Any]]:
     for short in ("float32", "TF32"):
+        found: list[dict[str, Any]] = []
         for name, work in known.items():
             row: dict[str, Any] = {"size": size, "precision": short, "step": name}
             try:
@@ -173,6 +192,6 @@ def _beside(size: str, known: Mapping[str, Any], n: int, device: str, *, quick: 
             found.append(row)
         own = found[-1].get("µs per token")
         for row in found:
-            if own and row["precision"] == short and "µs per token" in row:
+            if own and "µs per token" in row:
                 row["by saekit's"] = row["µs per token"] / own
-    return found
+        yield from found

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from cases import CASES, rows, target_of, trainer_of
+from cases import CASES, Made, rows, target_of, trainer_of, weights_of
 
 from saekit.runs.planned_memory import step_bytes
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
 
 
-def steps(device: str, *, quick: bool) -> dict[str, Any]:
+def steps(device: str, *, quick: bool) -> Made:
     """Six steps in float64 on the CPU and on the device, of which features are dead in some: parameters to 1e-9."""
     d_in, d_sae, n = (12, 96, 70) if quick else (64, 1024, 2500)
     found = []
@@ -29,6 +29,7 @@ def steps(device: str, *, quick: bool) -> dict[str, Any]:
         except Exception as error:
             row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
         found.append(row)
+        yield row
     return _judged(found)
 
 
@@ -55,7 +56,7 @@ def _off(one: torch.Tensor, other: torch.Tensor) -> float:
     return float((one - other).norm() / (one.norm() + 1e-12))
 
 
-def waits(device: str, *, quick: bool) -> dict[str, Any]:
+def waits(device: str, *, quick: bool) -> Made:
     """Whole steps of the loop, from a batch on the CPU on, under torch's watch for what waits for the device."""
     d_in, d_sae, n = (12, 96, 70) if quick else (256, 4096, 4096)
     found = []
@@ -80,10 +81,11 @@ def waits(device: str, *, quick: bool) -> dict[str, Any]:
         except Exception as error:
             row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
         found.append(row)
+        yield row
     return _judged(found)
 
 
-def determinism(device: str, *, quick: bool) -> dict[str, Any]:
+def determinism(device: str, *, quick: bool) -> Made:
     """Two trainings of the same: all parameters have the same bytes."""
     d_in, d_sae, n, length = (12, 96, 70, 6) if quick else (256, 8192, 4096, 40)
     found = []
@@ -95,6 +97,7 @@ def determinism(device: str, *, quick: bool) -> dict[str, Any]:
                 trainer.train_on(rows(n, d_in, seed=step % 4), target_of(options, n, d_in))
             sums.append(_digest(trainer))
         found.append({"case": name, "well": sums[0] == sums[1], "way": trainer.step_path()})
+        yield found[-1]
     return _judged(found)
 
 
@@ -105,22 +108,25 @@ def _digest(trainer: SAETrainer) -> str:
     return digest.hexdigest()
 
 
-def memory(device: str, *, quick: bool) -> dict[str, Any]:
+def memory(device: str, *, quick: bool) -> Made:
     """The peak of a few steps beside what `saekit plan` counts for them: within a fifth of it, or below."""
     sizes = [(12, 96, 70)] if quick else [(512, 4096, 4096), (768, 24576, 4096), (4096, 65536, 4096)]
     found = []
     for d_in, d_sae, n in sizes:
+        weights = weights_of(d_in, d_sae)
         for name in ("standard", "topk", "batchtopk", "jumprelu"):
-            found.append(_measured(name, d_in, d_sae, n, device))
+            found.append(_measured(name, weights, n, device))
+            yield found[-1]
             if device.startswith("cuda"):
                 torch.cuda.empty_cache()
     return _judged(found)
 
 
-def _measured(name: str, d_in: int, d_sae: int, n: int, device: str) -> dict[str, Any]:
+def _measured(name: str, start: Mapping[str, torch.Tensor], n: int, device: str) -> dict[str, Any]:
+    d_in, d_sae = start["W_enc"].shape
     cuda = device.startswith("cuda")
     before = torch.cuda.memory_allocated() if cuda else 0
-    trainer = trainer_of(CASES[name], d_in, d_sae, device, train_batch_size_tokens=n)
+    trainer = trainer_of(CASES[name], d_in, d_sae, device, weights=start, train_batch_size_tokens=n)
     weights = sum(value.nbytes for value in trainer.sae.parameters())
     planned = 4 * weights + step_bytes(trainer.sae, trainer.training, device)  # gradients, and two moments
     x = rows(n, d_in)
@@ -137,4 +143,4 @@ def _measured(name: str, d_in: int, d_sae: int, n: int, device: str) -> dict[str
 
 def _judged(found: list[dict[str, Any]]) -> dict[str, Any]:
     bad = [row for row in found if not row["well"]]
-    return {"ok": not bad, "text": f"{len(found) - len(bad)} of {len(found)}", "rows": found}
+    return {"ok": not bad, "text": f"{len(found) - len(bad)} of {len(found)}"}

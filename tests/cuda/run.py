@@ -4,7 +4,8 @@
 
 On a bare machine with torch and Triton, `make cuda-bundle` has made the folder to start it in: what is missing is
 installed from its wheels, into a folder of its own.  Each part runs in a process of its own with a time limit, and one
-that fails or takes too long ends no other.  Writes `cuda.json` and `cuda.md`.
+that fails or takes too long ends no other, and loses no row that it has found.  Writes `cuda.json` and
+`cuda.md`, and ends with 1 if a part was not well.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,35 +90,69 @@ def unpack(wheel: Path, target: Path) -> None:
                 (target / place).write_bytes(packed.read(one))
 
 
-def part(name: str, device: str, *, quick: bool) -> dict[str, Any]:
-    """What the part finds: ``ok``, ``rows`` for the table, and how long it took."""
+def part(
+    name: str, device: str, *, quick: bool, tell: Callable[[dict[str, Any]], object] = lambda row: None
+) -> dict[str, Any]:
+    """What the part finds: ``ok``, ``rows`` for the table, and how long it took.  Each row is told when it is there."""
     started = time.monotonic()
+    rows: list[dict[str, Any]] = []
     try:
         module = importlib.import_module(PARTS[name][0])
         found = getattr(module, name)(device, quick=quick)
+        if isinstance(found, Generator):
+            found = yield_from(found, rows, tell)
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt):
             raise
         found = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-    return {**found, "seconds": round(time.monotonic() - started, 1)}
+    return {"rows": rows, **found, "seconds": round(time.monotonic() - started, 1)}
+
+
+def yield_from(
+    making: Generator[dict[str, Any], None, dict[str, Any]],
+    rows: list[dict[str, Any]],
+    tell: Callable[[dict[str, Any]], object],
+) -> dict[str, Any]:
+    """What ``making`` returns; what it yields is told, and goes to ``rows``."""
+    while True:
+        try:
+            row = next(making)
+        except StopIteration as end:
+            return dict(end.value)
+        rows.append(row)
+        tell(row)
 
 
 def alone(name: str, device: str, *, quick: bool, seconds: float, paths: Sequence[str]) -> dict[str, Any]:
     """The same in a process of its own, which may take so many ``seconds``."""
     with tempfile.TemporaryDirectory() as folder:
-        told = Path(folder) / "found.json"
+        told = Path(folder) / "found.jsonl"
         command = [sys.executable, str(HERE / "run.py"), "--part", name, "--device", device, "--told", str(told)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
         process = subprocess.Popen([*command, *["--quick"] * quick], env=environment, start_new_session=True)
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
             process.wait()
-            return {"ok": False, "error": f"took more than {seconds:.0f} seconds", "seconds": round(seconds, 1)}
-        if not told.exists():
-            return {"ok": False, "error": f"its process ended with {process.returncode}", "seconds": 0.0}
-        return dict(json.loads(told.read_text()))
+            error = f"took more than {seconds:.0f} seconds"
+            return {"ok": False, "error": error, "seconds": round(seconds, 1), "rows": told_in(told)[0]}
+        rows, found = told_in(told)
+        if found is None:
+            return {"ok": False, "error": f"its process ended with {process.returncode}", "seconds": 0.0, "rows": rows}
+        return {"rows": rows, **found}
+
+
+def told_in(file: Path) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """The rows that a part has told, one a line, and what it has found in the end, if it came to that."""
+    lines: list[dict[str, Any]] = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):  # the last one, if it was ended in it
+            lines.append(json.loads(line))
+    return [line["row"] for line in lines if "row" in line], next(
+        (line["found"] for line in lines if "found" in line), None
+    )
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -174,8 +210,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--told", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args(arguments)
     if asked.part is not None:
-        found = part(asked.part, asked.device, quick=asked.quick)
-        asked.told.write_text(json.dumps(found, default=str))
+        with asked.told.open("w") as file:
+
+            def tell(**line: Any) -> None:
+                print(json.dumps(line, default=str), file=file, flush=True)
+
+            found = part(asked.part, asked.device, quick=asked.quick, tell=lambda row: tell(row=row))
+            tell(found=found)
         return found
     started, end = time.monotonic(), time.monotonic() + 60 * asked.minutes
     target = asked.out / "installed"
@@ -203,4 +244,4 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(not all(found["ok"] for found in main().get("parts", {}).values()))

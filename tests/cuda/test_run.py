@@ -50,7 +50,7 @@ def test_every_part_runs_and_the_report_is_written(
     text = (tmp_path / "cuda.md").read_text()
     assert "| steps | well |" in text
     assert "| case | well | worst | off by | way |" in text
-    assert "| 16 -> 1024 | topk | bfloat16 | fast kernels |" in text
+    assert "| 16 -> 1024 | topk | fast kernels | bfloat16 |" in text
     assert report["machine"]["saekit"] == saekit.__version__
 
 
@@ -59,7 +59,7 @@ def test_a_step_that_is_another_is_seen(script: ModuleType, monkeypatch: pytest.
     made, rates = right.trainer_of, iter([1e-3, 1.0000001e-3])
     monkeypatch.setattr(right, "CASES", {"topk": right.CASES["topk"]})
     monkeypatch.setattr(right, "trainer_of", lambda *args, **more: made(*args, **more, lr=next(rates)))
-    found = right.steps("cpu", quick=True)
+    found = script.part("steps", "cpu", quick=True)
     assert not found["ok"]
     assert 1e-9 < found["rows"][0]["off by"] < 1e-6
 
@@ -71,9 +71,12 @@ def test_every_architecture_that_trains_is_a_case(script: ModuleType) -> None:
 
 
 PARTS = """
-import os, time
+import os, subprocess, time
 def steps(device, *, quick): raise ValueError(f"on {device}, quick: {quick}")
-def waits(device, *, quick): time.sleep(60)
+def waits(device, *, quick):
+    subprocess.Popen(["sleep", "90"])  # whoever reads its output waits for it, unless it is ended, too
+    yield {"d": 4.5}
+    time.sleep(60)
 def determinism(device, *, quick): os._exit(7)
 def memory(device, *, quick): return {"ok": True, "rows": [{"a": 1.23456, "b": "x|y"}, {"c": 2}]}
 """
@@ -84,15 +87,25 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(tmp_path: Path) -> No
     (tmp_path / "right.py").write_text(PARTS)
     (tmp_path / "torch.py").write_text("__version__ = 'none'")  # nothing here needs it
     only = ["--only", "steps", "waits", "determinism", "memory"]
-    code = f"import run; run.PARTS['waits'] = 'right', 1.0; run.main(['--device', 'cpu', '--out', 'out', *{only}])"
+    code = f"import run; run.PARTS['waits'] = 'right', 3.0; run.main(['--device', 'cpu', '--out', 'out', *{only}])"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, timeout=60)
     parts: dict[str, Any] = json.loads((tmp_path / "out" / "cuda.json").read_text())["parts"]
     assert parts["steps"]["error"] == "ValueError: on cpu, quick: False"
-    assert parts["waits"]["error"] == "took more than 1 seconds"
+    assert parts["waits"]["error"] == "took more than 3 seconds"
+    assert parts["waits"]["rows"] == [{"d": 4.5}]
     assert parts["determinism"]["error"] == "its process ended with 7"
     assert parts["memory"]["ok"]
     text = (tmp_path / "out" / "cuda.md").read_text()
     assert "| a | b | c |\n| --- | --- | --- |\n| 1.23 | x\\|y |  |\n|  |  | 2 |" in text
+
+
+def test_the_script_fails_where_a_part_does(tmp_path: Path) -> None:
+    shutil.copy(HERE / "run.py", tmp_path / "run.py")
+    (tmp_path / "right.py").write_text(PARTS)
+    (tmp_path / "torch.py").write_text("__version__ = 'none'")
+    command = [sys.executable, "run.py", "--device", "cpu", "--here", "--only"]
+    codes = [subprocess.run([*command, name], cwd=tmp_path, check=False).returncode for name in ("steps", "memory")]
+    assert codes == [1, 0]
 
 
 def test_what_is_missing_is_unpacked_and_torch_never(script: ModuleType, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_a_cache_that_ends(tmp_path: Path) -> None:
         DataError, match=r"the data ended after 800 activations, and 2,000 were asked for \(training.tr"
     ):
         run("error")
-    assert len(list(tmp_path.glob("runs/*/checkpoints/step-4/checkpoint.json"))) == 2, "what was learnt is kept"
+    assert len(list(tmp_path.glob("runs/*/checkpoints/step-4/checkpoint.json"))) == 2, "what was learned is kept"
     assert run("error", 800).metrics["details/n_training_tokens"] == 800
     assert threads() == running
 

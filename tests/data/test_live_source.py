@@ -276,7 +276,7 @@ def test_an_error_in_the_thread_ends_the_run_and_the_thread(tmp_path: Path) -> N
     with pytest.raises(PluginFailedError, match="the network drive is gone"):
         saekit.train(config, plugins=plugins)
     assert not threads()
-    assert list(tmp_path.glob("*/checkpoints/step-*")), "what was learnt until then is saved"
+    assert list(tmp_path.glob("*/checkpoints/step-*")), "what was learned until then is saved"
 
 
 def test_no_thread_survives_a_run(tmp_path: Path) -> None:

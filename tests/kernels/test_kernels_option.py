@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.kernels import count_screens, looking_in_int8
+from saekit_plugins.architectures.topk import TopKConfig
+from support.kernels import built, count_screens, looking_in_int8
 from support.tiny import run_config
 
 import saekit
 import saekit.kernels.screen
+import saekit.precision
+from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
+from saekit.runs.planned_memory import step_bytes
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.trainer import SAETrainer
 
@@ -67,7 +71,7 @@ def test_where_there_is_one(sae: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_a_first_look_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the CPU has none it is an error that says so; where it has, what is learnt is the same."""
+    """Where the CPU has none it is an error that says so; where it has, what is learned is the same."""
     sae = {"d_sae": 1024, "name": "topk", "k": 4}
     run = config(tmp_path / "int8", sae, kernels="int8", train_batch_size_tokens=384, training_tokens=768)
     monkeypatch.setattr(saekit.kernels.screen, "why_no_int8_products", lambda: "this CPU has no AVX-512 VNNI")
@@ -85,3 +89,30 @@ def test_a_first_look_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     plain = config(tmp_path / "fast", sae, train_batch_size_tokens=384, training_tokens=768)
     expected = saekit.train(plain, plugins=manager(), dataset=DOCUMENTS)
     assert found.metrics["losses/mse_loss"] == pytest.approx(expected.metrics["losses/mse_loss"], rel=1e-5)
+
+
+def test_no_first_look_in_int8_where_products_are_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that has both: a step in bfloat16 is not looked at first, and int8 is refused, not left out."""
+    looking_in_int8(monkeypatch)
+    for module in (saekit.precision, saekit.kernels.screen):
+        monkeypatch.setattr(module, "changes_products", lambda precision, device: True)
+    sae = {"d_sae": 1024, "name": "topk", "k": 4}
+    run = config(tmp_path, sae, kernels="int8", matmul_precision="medium")
+    with pytest.raises(ConfigError, match=r"is 'int8', but .*: products are in bfloat16 anyway\. Choose"):
+        saekit.train(run, plugins=manager(), dataset=DOCUMENTS)
+    assert any("in bfloat16 anyway" in one for one in saekit.plan(run, plugins=manager(), dataset=DOCUMENTS).problems)
+
+
+def test_what_such_steps_would_need_is_that_of_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    looking_in_int8(monkeypatch)
+    monkeypatch.setattr(saekit.kernels.screen, "changes_products", lambda precision, device: True)
+    sae = built(TopKConfig(d_sae=1024, k=4))
+    sae.kernels = "int8"
+    needs = {
+        precision: step_bytes(sae, TrainingConfig(kernels="int8", matmul_precision=precision), "cpu")
+        for precision in ("highest", "medium")
+    }
+    sae.kernels = "reference"
+    plain = step_bytes(sae, TrainingConfig(kernels="reference"), "cpu")
+    assert needs["highest"] < plain
+    assert needs["medium"] == plain

@@ -31,7 +31,9 @@ def new_memory(sae: SAE) -> None:
 @pytest.mark.parametrize("change", [contiguous, moved, new_memory, lambda sae: None], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("kernels", ["auto", "reference"])
-def test_the_order_of_memory_does_not_change_what_is_learnt(change: Any, late: bool, kernels: Any, device: str) -> None:
+def test_the_order_of_memory_does_not_change_what_is_learned(
+    change: Any, late: bool, kernels: Any, device: str
+) -> None:
     if late and change is contiguous:
         pytest.skip("that makes other parameters, which no optimizer knows")
     x = torch.randn(200, 12, generator=seeded(1)).to(device)

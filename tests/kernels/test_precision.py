@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import threading
 import time
 from collections.abc import Iterator
@@ -11,18 +12,23 @@ from typing import Any
 
 import pytest
 import torch
+from saekit_plugins.architectures.gated import GatedConfig
+from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.transcoder import TranscoderConfig
 from support.kernels import built, seeded
 from support.tiny import run_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import saekit
 import saekit.kernels.products
 import saekit.precision
 from saekit.config import SAEConfig
+from saekit.data import computed_by
 from saekit.errors import ConfigError
 from saekit.kernels.products import Operands, add_product_, product
-from saekit.precision import check_precision, current_precision, in_words, products
+from saekit.precision import changes_products, check_precision, current_precision, in_words, products
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
@@ -41,7 +47,7 @@ def as_it_was() -> Iterator[None]:
 @pytest.fixture
 def anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine where each precision is another."""
-    monkeypatch.setattr(saekit.precision, "_changes", lambda precision, device: True)
+    monkeypatch.setattr(saekit.precision, "changes_products", lambda precision, device: True)
 
 
 def run_of(folder: Path, backend: Any, **training: Any) -> dict[str, Any]:
@@ -120,7 +126,7 @@ def test_where_there_are_no_products_of_float32(
 
 
 def test_where_it_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(saekit.precision, "_changes", lambda precision, device: False)
+    monkeypatch.setattr(saekit.precision, "changes_products", lambda precision, device: False)
     for precision, short in (("high", "TF32"), ("medium", "bfloat16")):
         with pytest.raises(ConfigError) as caught:
             check_precision(precision, CPU, None)
@@ -135,7 +141,24 @@ def test_what_changes_is_found_by_multiplying(monkeypatch: pytest.MonkeyPatch) -
     for precision in ("high", "medium"):
         with products(precision):
             differs = not torch.equal(a @ b, exact)
-        assert saekit.precision._changes(precision, "cpu") == differs
+        assert changes_products(precision, "cpu") == differs
+
+
+def test_a_setting_that_changes_products_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without one: the operands are rounded where "medium" is set."""
+    made = torch.Tensor.__matmul__
+
+    def rounded(self: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        medium = torch.get_float32_matmul_precision() == "medium"
+        return made(self.bfloat16().float(), other.bfloat16().float()) if medium else made(self, other)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    changes_products.cache_clear()
+    try:
+        assert changes_products("medium", "cpu")
+        assert current_precision() == "highest"
+    finally:
+        changes_products.cache_clear()
 
 
 def test_words() -> None:
@@ -168,11 +191,55 @@ def test_settings_of_the_newer_kind_come_back() -> None:
     try:
         matmul.fp32_precision = "tf32"  # beside "highest", which torch calls a mix, and refuses to tell
         assert current_precision() == "high"
+        assert computed_by("cpu")["matmul precision"] == "high"
         with products("highest"):
             assert matmul.fp32_precision == "ieee"
         assert matmul.fp32_precision == "tf32"
     finally:
         matmul.fp32_precision = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has one way to set it")
+def test_what_follows_torch_s_setting_of_all_follows_it_afterwards() -> None:
+    matmul, before = torch.backends.cuda.matmul, torch.backends.fp32_precision
+    try:
+        matmul.fp32_precision = torch.backends.mkldnn.matmul.fp32_precision = "none"
+        torch.backends.fp32_precision = "tf32"
+        with products("highest"):
+            assert matmul.fp32_precision == "ieee"
+        assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+        assert torch.backends.mkldnn.matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = before
+
+
+def test_two_threads_leave_it_as_it_was() -> None:
+    """The one that begins second would find what the first has set, and leave that."""
+    first_in, second_in, first_out = (threading.Event() for _ in range(3))
+    found: list[str] = []
+
+    def first() -> None:
+        with products("high"):
+            first_in.set()
+            second_in.wait(0.2)  # which does not come
+        first_out.set()
+
+    def second() -> None:
+        first_in.wait()
+        with products("medium"):
+            second_in.set()
+            first_out.wait()
+            found.append(current_precision())
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == ["medium"]
+    assert current_precision() == "highest"
 
 
 @pytest.fixture
@@ -211,3 +278,46 @@ def test_a_step_is_near_that_in_full(config: SAEConfig) -> None:
         exact, rounded = found[0][name], found[1][name]
         off = float((exact - rounded).norm() / exact.norm())
         assert 1e-5 < off < 0.1, f"{name}: {off}"
+
+
+@pytest.mark.usefixtures("rounded_here")
+@pytest.mark.parametrize(
+    ("config", "others"),
+    [
+        (GatedConfig(d_sae=64), 0),
+        (JumpReLUConfig(d_sae=64, pre_act_loss_coefficient=0.1), 0),
+        (TranscoderConfig(d_sae=64, skip_connection=True), 2),  # the skip connection's own, which is plain torch's
+    ],
+    ids=["gated", "jumprelu", "transcoder"],
+)  # fmt: skip
+@pytest.mark.parametrize("at_hand", [True, False])
+def test_steps_multiply_by_these_products_alone(
+    config: Any, others: int, at_hand: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is multiplied elsewhere would be TF32 on CUDA."""
+    for module in ("gated", "jumprelu"):
+        found = importlib.import_module(f"saekit_plugins.architectures.{module}.module")
+        if hasattr(found, "at_hand"):
+            monkeypatch.setattr(found, "at_hand", lambda device: at_hand)
+    sae = built(config, d_in=32)
+    given = StepInput(
+        step=9, generator=seeded(), dead=torch.arange(64) % 5 == 0, target=torch.randn(50, 32, generator=seeded(4))
+    )
+    with Products() as seen:
+        sae.training_step(torch.randn(50, 32, generator=seeded(3)), given)
+    assert len(seen.raw) == others
+
+
+class Products(TorchDispatchMode):
+    """Keeps the matrix products of numbers that are not rounded to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_):
+            for matrix in [each for each in args if isinstance(each, torch.Tensor)][-2:]:
+                if not torch.equal(matrix, matrix.bfloat16().to(matrix.dtype)):
+                    self.raw.append(str(func))
+        return func(*args, **(kwargs or {}))

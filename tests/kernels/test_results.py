@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
@@ -14,7 +15,7 @@ from support.kernels import built, random_features, seeded
 from torch import Tensor
 
 from saekit import SAE
-from saekit.kernels import inference, workspace
+from saekit.kernels import SparseFeatures, inference, workspace
 from saekit.kernels.workspace import Workspace, Workspaces, uninitialized, zeros
 
 ROWS, D_SAE = 30, 1600
@@ -72,8 +73,28 @@ def test_memory_of_features_is_used_again_and_holds_nothing_of_before(sae: SAE) 
 
 @pytest.mark.parametrize(
     "keep",
-    [lambda f: f, lambda f: f[5:7], lambda f: f.numpy(), lambda f: f.untyped_storage(), lambda f: f.T.detach()],
-    ids=["itself", "a part", "an array", "its storage", "a view"],
+    [
+        lambda f: f,
+        lambda f: f[5:7],
+        lambda f: f.numpy(),
+        lambda f: f.untyped_storage(),
+        lambda f: f.T.detach(),
+        lambda f: torch.from_dlpack(f),
+        lambda f: np.from_dlpack(f),
+        lambda f: memoryview(f.numpy()),
+        lambda f: (f * torch.ones(1, dtype=f.dtype, requires_grad=True)).grad_fn,
+    ],
+    ids=[
+        "itself",
+        "a part",
+        "an array",
+        "its storage",
+        "a view",
+        "dlpack",
+        "NumPy's dlpack",
+        "a memoryview",
+        "grad_fn",
+    ],
 )
 def test_memory_that_somebody_has_is_not_used_again(sae: SAE, keep: Callable[[Tensor], Any]) -> None:
     first = sae.encode(rows(1))
@@ -88,7 +109,9 @@ def test_memory_that_somebody_has_is_not_used_again(sae: SAE, keep: Callable[[Te
 def seen(kept: Any) -> Tensor:
     if isinstance(kept, torch.UntypedStorage):
         return torch.empty(0, dtype=torch.uint8).set_(kept, 0, (kept.nbytes(),))
-    return torch.as_tensor(kept)
+    if hasattr(kept, "_saved_self"):  # what autograd keeps for the gradient of a factor
+        kept = kept._saved_self
+    return torch.as_tensor(np.asarray(kept) if isinstance(kept, memoryview) else kept)
 
 
 def test_what_is_kept_is_one_block_and_no_more_than_twice_as_large() -> None:
@@ -112,6 +135,27 @@ def test_what_is_kept_is_one_block_and_no_more_than_twice_as_large() -> None:
     assert asked(1200)[1]
     copied = copy.deepcopy(memory)
     assert copied is memory
+
+
+def test_memory_of_any_size_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workspace, "_KEPT", 1 << 23)
+    memory = Workspaces()
+
+    def is_fresh(n: int) -> bool:
+        tensor, fresh = memory.result((n, 1024), torch.float32, CPU)
+        tensor.fill_(1)
+        return fresh
+
+    assert [is_fresh(2048), is_fresh(2048)] == [True, False]
+    assert [is_fresh(2049), is_fresh(2049)] == [True, True]
+
+
+def test_what_is_out_when_memory_is_released_is_not_kept_afterwards() -> None:
+    memory = Workspaces()
+    out = memory.result((2048, 1024), torch.float32, CPU)[0]
+    memory.release()
+    del out
+    assert memory.result((2048, 1024), torch.float32, CPU)[1]
 
 
 # ---- decoded by what is known
@@ -165,15 +209,63 @@ def test_what_was_changed_is_decoded_as_it_is(sae: SAE, edit: Callable[[Tensor],
 
 
 def test_other_features_in_the_same_memory(sae: SAE) -> None:
+    sae.kernels = "reference"
+    others = sae.encode(rows(2)).clone()
+    sae.kernels = "auto"
     features = sae.encode(rows(1))
-    features.copy_(sae.encode(rows(2)))
-    assert torch.allclose(sae.decode(features), plain(sae, features), atol=1e-12)
-    place = features.data_ptr()
+    place: Any = features.data_ptr()
+    features.copy_(others)
+    assert known_at(sae) == place, "or this tests nothing"
+    assert torch.allclose(sae.decode(features), plain(sae, others), atol=1e-12)
     del features
+    again = sae.encode(rows(1))
+    del again
     other = sae.memory.result((ROWS, D_SAE), torch.float64, CPU)[0]
+    assert other.data_ptr() == place == known_at(sae), "or this tests nothing"
     other.copy_(random_features(ROWS, D_SAE, 0.01))
-    assert other.data_ptr() == place, "or this tests nothing"
     assert torch.allclose(sae.decode(other), plain(sae, other), atol=1e-12)
+
+
+def known_at(sae: SAE) -> Any:
+    return getattr(sae.memory.known, "address", None)
+
+
+def test_entries_that_are_zero_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An activation may make zeros of what is above zero: as many features that were set would pass for them."""
+    monkeypatch.setattr(inference, "_WORTH_KEEPING", 1.0)
+    memory, decoder = Workspaces(), inference.Decoder(torch.randn(40, 3, generator=seeded()))
+    places, values = torch.tensor([1, 2]), torch.tensor([0.0, 5.0])
+    entries = SparseFeatures(torch.zeros_like(places), places, values, 1, 40)
+    features = inference.dense_features([(0, entries)], 1, 40, decoder.W_dec, memory)
+    assert memory.known is not None, "or this tests nothing"
+    features[0, 7] = 3.0
+    torch.testing.assert_close(inference.decoded_rows(decoder, features, memory), features @ decoder.W_dec)
+
+
+class Shifted:
+    """Zero up to 0.3 of its own, beyond the zero of every sparse activation."""
+
+    def __call__(self, pre: Tensor) -> Tensor:
+        return torch.relu(pre - 0.3)
+
+    def in_place(self, pre: Tensor) -> Tensor:
+        return pre.sub_(0.3).relu_()
+
+    def pre_gradient(self, gradient: Tensor, features: Tensor) -> Tensor:
+        return gradient.mul_(features > 0)
+
+
+def test_what_was_set_beside_zeros_of_the_activation_is_decoded(sae: SAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    sae.activation = Shifted()
+    features = sae.encode(rows(1))
+    assert isinstance(sae.memory.known, inference._Known)
+    entries = sae.memory.known.entries
+    zeros = int((entries.values == 0).sum())
+    features[0, (features[0] == 0).nonzero()[:zeros, 0]] = 3.0
+    assert torch.allclose(sae.decode(features), plain(sae, features), atol=1e-12)
+    unchanged = sae.encode(rows(1))
+    monkeypatch.setattr(inference, "_sparse_if_cheaper", refuse)
+    assert torch.allclose(sae.decode(unchanged), plain(sae, unchanged), atol=1e-12)
 
 
 def test_features_of_another_sae(sae: SAE) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 
 import pytest
 import torch
@@ -198,3 +200,27 @@ def test_a_screened_threshold(rescale: bool, screen: str, monkeypatch: pytest.Mo
         # The threshold is a feature of this very batch: the order of summing, which no two CPUs share, decides on it.
         assert ((one > 0) != (other > 0)).sum() <= 3
         assert torch.allclose(one[both], other[both], atol=1e-4)
+
+
+def test_medium_is_said_to_be_bfloat16_only_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        for changes, why in ((True, "products are in bfloat16 anyway"), (False, None)):
+            monkeypatch.setattr(saekit.kernels.screen, "changes_products", lambda *args, changes=changes: changes)
+            assert saekit.kernels.why_no_screen(torch.device("cpu"), torch.float32, 4096) == why
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_an_encoder_that_was_screened_is_not_kept(screen: str) -> None:
+    encoder, rows = screened(64, 1024, "plain")
+    weights, workspace = weakref.ref(encoder.W_enc), encoder.workspace
+    made = SCREENS[screen](encoder)
+    assert made.active(rows, 0.0) is not None
+    del encoder, made
+    gc.collect()
+    assert weights() is None
+    del workspace

@@ -1,4 +1,4 @@
-"""Plugins that fail while a run is at work: the error names them, and what was learnt until then is saved."""
+"""Plugins that fail while a run is at work: the error names them, and what was learned until then is saved."""
 
 from __future__ import annotations
 

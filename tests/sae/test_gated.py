@@ -304,5 +304,5 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, scaled: str, dtype: 
     x = torch.randn(20, 8, generator=seeded())
     assert torch.allclose(SAE.load(first.folder / "sae")(x), first.sae(x), atol=1e-5)
     second = run("two", from_pretrained_path=str(first.folder / "sae"), lr=1e-12, training_tokens=256)
-    assert torch.allclose(second.sae(x), first.sae(x), atol=atol), "nothing is learnt at this rate"
+    assert torch.allclose(second.sae(x), first.sae(x), atol=atol), "nothing is learned at this rate"
     assert bool(first.sae.r_mag.any())

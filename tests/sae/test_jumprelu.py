@@ -322,7 +322,7 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, scaled: str) -> None
     assert torch.allclose(SAE.load(first.folder / "sae")(x), first.sae(x), atol=1e-4)
     follow = {"from_pretrained_path": str(first.folder / "sae"), "lr": 1e-12, "training_tokens": 256}
     second = run(tmp_path / "two", activations=activations, training=follow)
-    assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learnt at this rate"
+    assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learned at this rate"
 
 
 @ALL_DIE

@@ -291,7 +291,7 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, kind: str, scaled: s
     follow = {"from_pretrained_path": str(first.folder / "sae"), "lr": 1e-12, "training_tokens": 256}
     second = run(tmp_path / "two", sae=sae, activations=activations, training=follow)
     if kind == "topk":
-        assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learnt at this rate"
+        assert torch.allclose(second.sae(x), first.sae(x), atol=1e-4), "nothing is learned at this rate"
     else:
         assert second.sae.threshold.item() == pytest.approx(first.sae.threshold.item(), rel=0.05)
 

@@ -28,9 +28,11 @@ from saekit.kernels import (
     SparseKernel,
     Workspace,
     active_groups,
+    add_product_,
     at_features,
     decoded_by_all,
     feature_sums,
+    product,
     screen_for,
     values_of,
 )
@@ -91,7 +93,7 @@ class _Gates:
             if isinstance(gates, SparseFeatures):
                 return self._to_pre(gradient, features, gates, pre, gates.inner_products(error, decoder))
             assert isinstance(pre, Tensor)
-            return self._to_pre(gradient, features, gates[part], pre[part], error[part] @ decoder.T)
+            return self._to_pre(gradient, features, gates[part], pre[part], product(error[part], decoder.T))
 
         fast.add(start, self.sae.magnitudes(pre, self.gain), to_pre)
         if self.sae.config.aux_loss_trains_decoder:
@@ -125,7 +127,7 @@ class _Gates:
         if isinstance(gates, SparseFeatures):
             gates.add_outer_products(gates.values, error, found.W_dec)
         else:
-            found.W_dec.addmm_(gates.T, error)
+            add_product_(found.W_dec, gates.T, error)
 
 
 def _with_values(features: Features, values: Tensor) -> Features:

@@ -28,9 +28,11 @@ from saekit.kernels import (
     SparseKernel,
     Workspace,
     active_groups,
+    add_product_,
     at_features,
     at_rows,
     feature_sums,
+    product,
     row_sums,
     screen_for,
     values_of,
@@ -171,7 +173,7 @@ class _Jumps:
                 self.to_threshold[dead] += pull.sum(0)
                 found.b_enc[dead] -= pull.sum(0)
                 assert found.W_enc is not None
-                found.W_enc.index_add_(0, dead, pull.T @ rows, alpha=-1)
+                found.W_enc.index_add_(0, dead, product(pull.T, rows), alpha=-1)
         return total / self.n
 
     def _add_masked_pre_act_loss(self, fast: FastStep, encoder: Encoder, dead: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ class _Jumps:
                 self.to_threshold += pull.sum(0)
                 found.b_enc -= pull.sum(0)
                 assert found.W_enc is not None
-                found.W_enc.addmm_(pull.T, rows, alpha=-1)
+                add_product_(found.W_enc, pull.neg_().T, rows)
         return total / self.n
 
 

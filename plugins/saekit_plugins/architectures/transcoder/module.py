@@ -8,7 +8,7 @@ import attrs
 from torch import Tensor, nn
 
 from saekit import SAE, SAEConfig
-from saekit.kernels import SparseKernel, Workspace
+from saekit.kernels import SparseKernel, Workspace, product
 from saekit.sae import Parameter, Start, init, not_compiled
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.groupmax.module import GroupMaxSAE
@@ -91,7 +91,7 @@ class _SkippingKernel(SparseKernel[Any]):
         left, unit = target - passed, sae.loss_unit(target)
         result = self.step_towards(sae, x, sae._towards(step, left), workspace, unit)
         if sae.W_skip.requires_grad:
-            gradient = (result.output - left).T @ x * (2 / len(x))
+            gradient = product((result.output - left).T, x) * (2 / len(x))
             sae.W_skip.grad = gradient if unit is None else gradient.div_(unit)
         return result._replace(output=result.output + passed)
 

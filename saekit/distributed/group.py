@@ -255,9 +255,14 @@ class JoinedGroup(Group):
         return self._exchanged(value)
 
     def _met(self) -> None:
-        """Wait for the others in the store; what is told then is of those that have come."""
+        """Wait for the others in the store; what is told then is of those that have come.
+
+        :class:`LostProcessError` where one of them cannot go on, and says so.
+        """
         if (meeting := self._meets) is not None:
-            meeting.words()
+            for number, word in enumerate(meeting.words() or ()):
+                if word:
+                    raise LostProcessError(f"another process of the run has failed: process {number}: {word}")
 
     def _exchanged(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size

@@ -112,7 +112,10 @@ class Patience:
         return str(self.store.get(key).decode()) if self.store.check([key]) else None
 
     def asked(self, work: Callable[[], T]) -> T:
-        """What ``work`` finds in the store; :class:`LostProcessError` where the process that has it has gone, or hangs."""
+        """What ``work`` finds in the store.
+
+        :class:`LostProcessError` where the process that has it has gone, or hangs.
+        """
         try:
             found = in_time(work, min(self._timeout_s, threading.TIMEOUT_MAX), "saekit-store")
         except RuntimeError as error:

@@ -13,6 +13,7 @@ from saekit.runs.state_files import write_state
 from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.testing.checks.two_processes import DATA, FEATURES, on_two
+from saekit.training.shown import Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -154,6 +155,30 @@ def state(subject: Subject) -> None:
         other.optimizer.load_state_dict(saved)
         other.step(4)
         must_be_equal(f"weights after a state was loaded, of {taken_after} steps,", other.values(), one.values())
+
+
+@CHECKS.add
+def divided_state(subject: Subject) -> None:
+    """Where it says ``elementwise``, what it keeps of a parameter is of its shape, or plain: parts make a whole."""
+    training = _Training(subject)
+    if not (isinstance(training.optimizer, Elementwise) and training.optimizer.elementwise):
+        return
+    training.step(3)
+    saved = training.optimizer.state_dict()
+    parameters = [value for group in training.optimizer.param_groups for value in group["params"]]
+    names = {id(value): name for name, value in training.parameters.items()}
+    for number, parameter in enumerate(parameters):
+        for key, value in saved["state"].get(number, {}).items():
+            must(
+                Shown(names[id(parameter)], parameter, None).divides(value),
+                f"it says elementwise, and keeps {key} of {names[id(parameter)]} ({list(parameter.shape)}) as "
+                f"{_what(value)}, which cannot be divided: keep it of that shape or as one number, or do not say so",
+            )
+
+
+def _what(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"shape {list(shape)}"
 
 
 @CHECKS.add

@@ -57,7 +57,7 @@ class ScheduledOptimizer:
         self._build(given, build, table, self._rows)
         if not self.elementwise and any(shown.parted for shown in self._shown):
             self._build(given, build, table, Group())
-        self._seen = False
+        self._divides_seen = self._features.size == 1 and not self.parted
         if self._features.size > 1 and not self.elementwise:
             raise ConfigError(
                 [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
@@ -119,8 +119,8 @@ class ScheduledOptimizer:
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
             self._update(norm, factor)
-            if not self._seen:
-                self._seen = True
+            if not self._divides_seen:  # rather than with the first checkpoint
+                self._divides_seen = True
                 self._check_divides()
             for shown in self._shown:
                 shown.spread()

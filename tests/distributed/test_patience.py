@@ -14,7 +14,7 @@ from support import warm
 
 from saekit.distributed import patience
 from saekit.distributed.agreement import by_first, done_by_all, left_by_all
-from saekit.distributed.group import ONE, Group, MetGroup
+from saekit.distributed.group import ONE, Group, JoinedGroup, MetGroup
 from saekit.distributed.patience import Meeting, Patience
 from saekit.distributed.telling import Telling
 from saekit.distributed.world import World
@@ -145,6 +145,26 @@ def test_one_that_fails_while_the_others_wait_for_it_elsewhere_ends(monkeypatch:
     assert isinstance(second, ValueError)
     assert not left_by_all(second, Numbered(2))
     assert str(first) == "of process 1: ValueError: a fault"
+
+
+def test_one_that_cannot_go_on_is_heard_where_the_others_tell_something() -> None:
+    """In another place of the program than where it failed."""
+    over = threading.Event()
+
+    def work(group: Group) -> Any:
+        if group.rank:
+            with contextlib.suppress(ValueError):
+                over.wait(20)
+                done_by_all(group, lambda: int("many"))
+            return None
+        joined: Any = JoinedGroup.__new__(JoinedGroup)  # of no engine, which is not asked
+        joined._joined, joined._meeting = object(), group._meeting  # type: ignore[attr-defined]
+        over.set()
+        return joined.objects("mine")
+
+    error, _ = each(2, 20, work)
+    assert isinstance(error, LostProcessError)
+    assert "process 1: ValueError: invalid literal for int()" in str(error)
 
 
 def test_words_come_one_after_the_other() -> None:

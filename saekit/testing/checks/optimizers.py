@@ -161,11 +161,12 @@ def state(subject: Subject) -> None:
 def divided_state(subject: Subject) -> None:
     """Where it says ``elementwise``, what it keeps of a parameter is of its shape, or plain: parts make a whole."""
     training = _Training(subject)
-    if not (isinstance(training.optimizer, Elementwise) and training.optimizer.elementwise):
+    optimizer: Any = training.optimizer
+    if not _is_elementwise(optimizer):
         return
     training.step(3)
-    saved = training.optimizer.state_dict()
-    parameters = [value for group in training.optimizer.param_groups for value in group["params"]]
+    saved = optimizer.state_dict()
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
     names = {id(value): name for name, value in training.parameters.items()}
     for number, parameter in enumerate(parameters):
         for key, value in saved["state"].get(number, {}).items():
@@ -174,6 +175,10 @@ def divided_state(subject: Subject) -> None:
                 f"it says elementwise, and keeps {key} of {names[id(parameter)]} ({list(parameter.shape)}) as "
                 f"{_what(value)}, which cannot be divided: keep it of that shape or as one number, or do not say so",
             )
+
+
+def _is_elementwise(optimizer: object) -> bool:
+    return isinstance(optimizer, Elementwise) and bool(optimizer.elementwise)
 
 
 def _what(value: Any) -> str:
@@ -200,7 +205,7 @@ def two_processes(subject: Subject) -> None:
     alone = _Training(subject, "float64")
     alone.step(5)
     works = {DATA: alike}
-    if isinstance(alone.optimizer, Elementwise) and alone.optimizer.elementwise:
+    if _is_elementwise(alone.optimizer):
         works[FEATURES] = halves
     found = on_two(works, subject.place)
     for number, own in enumerate(found[DATA]):

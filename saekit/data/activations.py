@@ -249,7 +249,7 @@ class DealtActivations(ActivationStream):
             if group.rank < len(turns):
                 own, sizes = self._in_parts(torch.from_numpy(turns[group.rank][0].tokens), kept[group.rank])
             found = {site: group.gather_rows(values, counts) for site, values in own.items()} if any(counts) else {}
-            taken = group.objects(sizes) if self._stream.keeps_recipe else [()] * group.size
+            taken = self._all_sizes(sizes, own) if self._stream.keeps_recipe else [()] * group.size
         except BaseException:
             self._contexts.load_state_dict(before)
             raise
@@ -258,6 +258,13 @@ class DealtActivations(ActivationStream):
             rows = {site: found[site][turn] if found else own[site][:0] for site in own}
             made.append((self._batch(contexts, kept[turn], rows, taken[turn]), read))
         return made
+
+    def _all_sizes(self, sizes: tuple[int, ...], own: Mapping[Site, Tensor]) -> list[tuple[int, ...]]:
+        """In what parts each process's forward went: by a message of the engine's, since this is asked every time."""
+        device = next(value.device for value in own.values())
+        padded = torch.zeros(self._batch_size, dtype=torch.int64, device=device)
+        padded[: len(sizes)] = torch.tensor(sizes, dtype=torch.int64, device=device)
+        return [tuple(size for size in one.tolist() if size) for one in self._stream.readers.gather(padded)]
 
     def _nothing(self) -> dict[Site, Tensor]:
         """No rows, such as a forward would have given."""

@@ -33,7 +33,14 @@ def drawn_part(
     while at < total:
         end = at + _PIECE if total - at >= _PIECE + _NORMALS else total
         draw(piece := memory[: end - at])
-        for place in range(max(at // width, row), min(-(-end // width), row + n)):
+        first, last = max(at // width, row), min(-(-end // width), row + n)
+        whole, behind = max(-(-at // width), first), min(end // width, last)
+        if whole < behind:  # rows that are in the piece from end to end, all at a time
+            rows_of_piece = piece[whole * width - at : behind * width - at].view(-1, width)
+            kept[whole - row : behind - row] = rows_of_piece[:, column : column + own]
+        else:
+            whole = behind = last
+        for place in (*range(first, min(whole, last)), *range(behind, last)):
             mine = place * width + column
             begin, stop = max(at, mine), min(end, mine + own)
             if begin < stop:

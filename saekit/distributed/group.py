@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -104,6 +105,14 @@ class Group:
 
 ONE = Group()
 """Of this process alone."""
+
+
+def _said(word: str) -> str:
+    """What a word says, for people: in it, :func:`saekit.distributed.agreement.done_by_all` has a text last."""
+    with contextlib.suppress(ValueError):
+        if isinstance(found := json.loads(word), list) and found:
+            return str(found[-1])
+    return word
 
 
 @contextlib.contextmanager
@@ -255,9 +264,14 @@ class JoinedGroup(Group):
         return self._exchanged(value)
 
     def _met(self) -> None:
-        """Wait for the others in the store; what is told then is of those that have come."""
+        """Wait for the others in the store; what is told then is of those that have come.
+
+        :class:`LostProcessError` where one of them cannot go on, and says so.
+        """
         if (meeting := self._meets) is not None:
-            meeting.words()
+            for number, word in enumerate(meeting.words() or ()):
+                if word:
+                    raise LostProcessError(f"another process of the run has failed: process {number}: {_said(word)}")
 
     def _exchanged(self, value: T) -> list[T]:
         found: list[Any] = [None] * self.size

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 from saekit.errors import LostProcessError
 
-__all__ = ["Meeting", "Patience"]
+__all__ = ["Meeting", "Patience", "in_time"]
 
 T = TypeVar("T")
 
@@ -51,12 +51,14 @@ class Patience:
         self.asked(lambda: self.store.set(f"place/{self.rank}", f"{_machine()} {os.getpid()}"))
 
         def beat() -> None:
-            with contextlib.suppress(RuntimeError):  # the store has gone, which who asks it next finds out
-                for number in itertools.count():
+            pause = min(_BEAT, self._timeout_s / 4)
+            for number in itertools.count():
+                with contextlib.suppress(RuntimeError):  # where the store has gone, who asks it next finds out
                     self.store.set(f"beat/{self.rank}", str(number))
-                    if ended.wait(min(_BEAT, self._timeout_s / 4)):
-                        self.store.set(f"gone/{self.rank}", "")
-                        return
+                if ended.wait(pause):
+                    break
+            with contextlib.suppress(RuntimeError):
+                self.store.set(f"gone/{self.rank}", "")
 
         thread = threading.Thread(target=beat, name="saekit-beat", daemon=True)
         thread.start()
@@ -91,11 +93,12 @@ class Patience:
         """Why another process need not be waited for, in words, or nothing; its last words are ``heard``."""
 
         def look() -> tuple[bool, str]:
-            ended = self.store.check([f"ended/{rank}"]) or self.store.check([f"gone/{rank}"])
-            return ended or _is_gone(self._told(f"place/{rank}")), self._told(f"beat/{rank}") or ""
+            # Not whether its work has ended: it may still write a checkpoint with the others.
+            gone = self.store.check([f"gone/{rank}"]) or _is_gone(self._told(f"place/{rank}"))
+            return gone, self._told(f"beat/{rank}") or ""
 
-        ended, beat = self.asked(look)
-        if ended:
+        gone, beat = self.asked(look)
+        if gone:
             return f"process {rank}"
         now = time.monotonic()
         before, since = heard.setdefault(rank, (beat, now))
@@ -109,29 +112,42 @@ class Patience:
         return str(self.store.get(key).decode()) if self.store.check([key]) else None
 
     def asked(self, work: Callable[[], T]) -> T:
-        """What ``work`` finds in the store; :class:`LostProcessError` where the process that has it has gone, or hangs.
+        """What ``work`` finds in the store.
 
-        In a thread: torch's store waits for an answer without an end.
+        :class:`LostProcessError` where the process that has it has gone, or hangs.
         """
-        found: list[T] = []
-        failed: list[RuntimeError] = []
+        try:
+            found = in_time(work, min(self._timeout_s, threading.TIMEOUT_MAX), "saekit-store")
+        except RuntimeError as error:
+            raise LostProcessError(f"another process of the run has gone, or does not answer: {error}") from error
+        if not found:
+            raise LostProcessError(
+                "another process of the run has gone, or does not answer: the process by which they tell each other "
+                f"has said nothing for {self._timeout_s:g} s (distributed.timeout_s)"
+            )
+        return found[0]
 
-        def ask() -> None:
-            try:
-                found.append(work())
-            except RuntimeError as error:
-                failed.append(error)
 
-        thread = threading.Thread(target=ask, name="saekit-store", daemon=True)
-        thread.start()
-        thread.join(min(self._timeout_s, threading.TIMEOUT_MAX))
-        if found:
-            return found[0]
-        silent = f"the process by which they tell each other has said nothing for {self._timeout_s:g} s"
-        why = failed[0] if failed else f"{silent} (distributed.timeout_s)"
-        raise LostProcessError(f"another process of the run has gone, or does not answer: {why}") from next(
-            iter(failed), None
-        )
+def in_time(work: Callable[[], T], seconds: float, name: str) -> list[T]:
+    """What ``work`` returns or raises, where it does within so many ``seconds``; else nothing.
+
+    In a thread of this ``name``, which is left alone then: torch's store waits for an answer without an end.
+    """
+    found: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            found.append(work())
+        except Exception as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    return found
 
 
 class Meeting:
@@ -144,6 +160,7 @@ class Meeting:
         self._patience, self._name, self._ranks = patience, name, list(ranks)
         self._others = [rank for rank in ranks if rank != patience.rank]
         self._turn, self._words = 0, Counter[tuple[int, int]]()
+        self._said = set[str]()
         self.size = len(self._ranks)
 
     def words(self, word: str = "") -> list[str] | None:
@@ -160,15 +177,20 @@ class Meeting:
             if word:
                 store.set(f"{place}/word/{own}", word)
                 store.add(f"{place}/words", 1)
+                self._said.add(place)
             store.add(f"{place}/here", 1)
             if own == self._ranks[0]:
                 store.delete_key(f"{left}/here")
+            if left in self._said:
+                self._said.remove(left)
+                store.delete_key(f"{left}/word/{own}")
+                store.delete_key(f"{left}/words")
 
         def all_here() -> bool | None:
             return True if int(store.add(f"{place}/here", 0)) == len(self._ranks) else None
 
         def said() -> list[str]:
-            if not int(store.add(f"{place}/words", 0)):
+            if not store.check([f"{place}/words"]):
                 return [""] * len(self._ranks)
             keys = [f"{place}/word/{rank}" for rank in self._ranks]
             return [str(store.get(key).decode()) if store.check([key]) else "" for key in keys]

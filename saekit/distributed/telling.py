@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, TypeVar
 
+from saekit.distributed.patience import in_time
 from saekit.errors import LostProcessError
 from saekit.reasons import error_text
 
@@ -160,14 +161,8 @@ class Telling:
         if self._store is None:
             return otherwise
         found: list[T] = []
-
-        def ask() -> None:
-            with contextlib.suppress(RuntimeError):  # the process that had it has gone
-                found.append(work())
-
-        thread = threading.Thread(target=ask, name="saekit store", daemon=True)  # torch's would wait without an end
-        thread.start()
-        thread.join(PATIENCE)
+        with contextlib.suppress(RuntimeError):  # the process that had it has gone
+            found = in_time(work, PATIENCE, "saekit store")
         if not found:
             self._store = None
         return found[0] if found else otherwise

@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 MANIFEST, STREAM, TRAINING, MOMENTS = "checkpoint.json", "stream", "training", "moments"
-FORMAT = 1
+FORMAT = 2
+"""Since what the optimizer keeps may lie in files of several processes; without such files, it is 1."""
 _OWN = re.compile(rf"{re.escape(MANIFEST)}|{STREAM}(-\d+)?\.(json|safetensors)", re.ASCII)
 _STATES = rf"({TRAINING}(-\d+)?|{MOMENTS}-\d+-\d+)\.(json|safetensors)"
 _OWN_OF_SAE = re.compile(rf"{_STATES}|{'|'.join(map(re.escape, SAE_FILES))}", re.ASCII)
@@ -74,7 +75,7 @@ class Checkpoint:
                 raise OtherFormatError(
                     f"{path} has format {facts['format']!r}, and this saekit reads {FORMAT}: update saekit to go on"
                 )
-            if facts["format"] != FORMAT or facts["sha256"] != _seal(facts):
+            if facts["format"] not in (1, FORMAT) or facts["sha256"] != _seal(facts):
                 raise StorageError(f"{path / MANIFEST} is damaged: it is not as it was written")
             check_facts(facts)
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -143,6 +144,9 @@ class Checkpoint:
         in :meth:`training`, the parts that come after it."""
         stems = [f"{MOMENTS}-{part}-{process}" for process in range(1, self.mesh[0])]
         there = [stem for stem in stems if f"{name}/{stem}.json" in self.facts["files"]]
+        if there and there != stems:
+            lacking = ", ".join(f"{name}/{stem}.json" for stem in stems if stem not in there)
+            raise StorageError(f"{self.folder} is damaged: it lacks {lacking}, a part of what the optimizer keeps")
         return [self._read(self.folder / name, stem, mapped=mapped)["optimizer"] for stem in there]
 
     def _read(self, folder: Path, stem: str, *, mapped: bool = False) -> dict[str, Any]:
@@ -200,7 +204,8 @@ def write_checkpoint(
 
 def finish_checkpoint(folder: Path, temporary: Path, facts: Mapping[str, Any], sums: Mapping[str, str]) -> None:
     """Write the manifest of the checkpoint ``folder`` into ``temporary``, which has its files and becomes it."""
-    manifest = {"format": FORMAT, **facts, "files": dict(sorted(sums.items()))}
+    divided = any(f"/{MOMENTS}-" in file for file in sums)
+    manifest = {"format": FORMAT if divided else 1, **facts, "files": dict(sorted(sums.items()))}
     carry_over(folder, temporary)
     (temporary / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8", newline="\n")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from saekit.distributed.agreement import agreed
 from saekit.distributed.group import Group
+from saekit.errors import StorageError
 from saekit.files.mapped import is_mapped
 from saekit.files.storage import new_folder, nothing, sync_files
 from saekit.runs.checkpoints import Checkpoint, carry_over, check_place, finish_checkpoint
@@ -139,6 +140,23 @@ def _are_of(parts: Sequence[object], axis: int, weights: Tensor) -> bool:
     return all([*shape[:axis], along, *shape[axis + 1 :]] == list(weights.shape) for shape in shapes)
 
 
+def _alike(what: str, parts: Sequence[Any]) -> Any:
+    """What all have alike; :class:`StorageError` for what is neither that nor a part of a whole."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        alike = all(isinstance(part, Tensor) and torch.equal(part, first) for part in parts) and not first.ndim
+    else:
+        alike = not isinstance(first, (Mapping, list)) and all(type(part) is type(first) for part in parts)
+        alike = alike and all(part == first for part in parts)
+    if not alike:
+        raise StorageError(
+            f"{what} in the state of the optimizer is not of the shape of its weights, and not one number that all "
+            "processes have, so that its parts make no whole. An optimizer that keeps more must not say that it "
+            "updates each number by itself (elementwise): go on with as many processes as before, or begin anew"
+        )
+    return first
+
+
 def _owned(state: Any) -> Any:
     """``state`` without tensors that show a file."""
     if isinstance(state, Tensor):
@@ -173,10 +191,15 @@ def _each(
             for state, others in zip(states, moments, strict=True)
         ]
         like = states[0]["weights"].get(name)
+        optimizer[name] = kept
+        if name not in axes:
+            continue
+        if any(part.keys() != kept.keys() for parts in every for part in parts):
+            raise StorageError(f"the parts of what the optimizer keeps of {name} are not of one optimizer")
         optimizer[name] = {
             key: made([part[key] for parts in every for part in parts], axes[name])
-            if name in axes and _are_of([part[key] for part in every[0]], axes[name], like)
-            else value
-            for key, value in kept.items()
+            if _are_of([part[key] for part in every[0]], axes[name], like)
+            else _alike(f"{key} of {name}", [part[key] for parts in every for part in parts])
+            for key in kept
         }
     return {"weights": weights, "firing": firing, "optimizer": optimizer}

@@ -57,6 +57,7 @@ class ScheduledOptimizer:
         self._build(given, build, table, self._rows)
         if not self.elementwise and any(shown.parted for shown in self._shown):
             self._build(given, build, table, Group())
+        self._divides_seen = self._features.size == 1 and not self.parted
         if self._features.size > 1 and not self.elementwise:
             raise ConfigError(
                 [("optimizer", f"is {type(self._inner).__name__}, which does not say that it updates each number by "
@@ -118,6 +119,9 @@ class ScheduledOptimizer:
         self._failed.logical_or_(sound - sound)  # 0, but nan where there is an infinity or a nan
         if not (self.looks and self.failed):
             self._update(norm, factor)
+            if not self._divides_seen:  # rather than with the first checkpoint
+                self._divides_seen = True
+                self._check_divides()
             for shown in self._shown:
                 shown.spread()
         for shown in self._shown:
@@ -200,7 +204,7 @@ class ScheduledOptimizer:
 
         Settings of groups that it changed as it went, and whatever else is in its ``state_dict()``, are beside them.
         """
-        state = self._inner.state_dict()
+        state = self._check_divides()
         found: dict[str, Any] = {}
         for number, shown in self._numbered():
             if number in state["state"]:
@@ -215,6 +219,22 @@ class ScheduledOptimizer:
         if changed := {number: settings for number, settings in changed.items() if settings}:
             others["param_groups"] = changed
         return {**found, _REST: others} if others else found
+
+    def _check_divides(self) -> dict[str, Any]:
+        """The optimizer's own state; :class:`PluginFailedError` where it keeps of parts what makes no whole."""
+        state = self._inner.state_dict()
+        for number, shown in self._numbered():
+            if not (shown.parted or (shown.split and self._features.size > 1)):
+                continue
+            for key, value in state["state"].get(number, {}).items():
+                if not shown.divides(value):
+                    found = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+                    raise PluginFailedError(
+                        f"{type(self._inner).__name__} says that it updates each number by itself (elementwise), and "
+                        f"keeps {key} of {shown.name} as {found}, which cannot be divided over processes: expected "
+                        f"shape {list(shown.own.shape)}, or one number. Keep it so, or do not say elementwise"
+                    )
+        return state
 
     def parted_state(self) -> dict[str, Any]:
         """Of :meth:`state_dict`, what other processes do not have."""

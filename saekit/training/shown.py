@@ -52,6 +52,12 @@ class Shown:
         """What the optimizer keeps of ``own``, turned as the parameter is where it has that shape."""
         return value.T if self.turned and isinstance(value, Tensor) and value.shape == self.own.shape else value
 
+    def divides(self, value: Any) -> bool:
+        """Whether ``value``, which the optimizer keeps of ``own``, is divided as that: of its shape, or plain."""
+        if isinstance(value, Tensor):
+            return not value.ndim or value.shape == self.own.shape
+        return value is None or isinstance(value, (bool, int, float, str))
+
     # ---- a step
 
     def sum_gradient(self) -> None:
@@ -59,9 +65,9 @@ class Shown:
         gradient = self.parameter.grad
         if gradient is None:
             return
-        if not (shown := self._in_memory(gradient)).is_contiguous():
-            self._rows.sum_(gradient)
-            return
+        if not (shown := self._in_memory(gradient)).is_contiguous():  # which it may be in this process alone
+            shown = shown.contiguous()
+            self.parameter.grad = gradient = self._in_memory(shown)
         with SHARED.lent() as workspace:
             others = gradient.numel() - gradient.numel() // self._rows.size
             self._rows.sum_parts_(shown, workspace.between_steps(others, gradient.dtype, gradient.device))

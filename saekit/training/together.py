@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 
 import torch
@@ -16,26 +17,44 @@ from saekit.values import StepOutput
 __all__ = ["check_names", "of_whole_batch"]
 
 
-def check_names(share: Share, result: StepOutput) -> None:
-    """:class:`ValueError` in every process of a step, where one gives losses or metrics of other names than the first.
+def check_names(share: Share, result: StepOutput, sae: nn.Module | None = None) -> None:
+    """:class:`ValueError` in every process of a step, where one gives losses or metrics of other names than the first,
+    or gradients of other parameters.
 
     They are added up over processes, which would take them for others.
     """
     if share.rows.size == 1:
         return
-    every = share.rows.objects({"losses": sorted(result.losses), "metrics": sorted(result.metrics)})
+    every = share.rows.objects(_names(result, sae))
     for number, (kind, first) in ((number, item) for number in range(len(every)) for item in every[0].items()):
         if odd := sorted({*first} ^ {*every[number][kind]}):
             names = ", ".join(f"{name!r}, which {'only' if name in first else 'not'} the first has" for name in odd[:3])
+            if kind == "gradients":
+                raise ValueError(
+                    f"the processes that share a batch must all give gradients of the same parameters, and process "
+                    f"{number} of them gives others than the first: {names}. Give zeros where a parameter takes no part"
+                )
             raise ValueError(
                 f"the processes that share a batch must all give the same {kind}, and process {number} of them gives "
                 f"others than the first: {names}. Give each in every process, 0 where it has nothing to add"
             )
 
 
+def _names(result: StepOutput, sae: nn.Module | None) -> dict[str, list[str]]:
+    given = {"losses": sorted(result.losses), "metrics": sorted(result.metrics)}
+    parameters = () if sae is None else sae.named_parameters()
+    return {**given, "gradients": sorted(name for name, value in parameters if value.grad is not None)}
+
+
 @torch.no_grad()
 def of_whole_batch(
-    sae: SAEModule, share: Share, result: StepOutput, rows: int, parted: Mapping[nn.Parameter, Shown]
+    sae: SAEModule,
+    share: Share,
+    result: StepOutput,
+    rows: int,
+    parted: Mapping[nn.Parameter, Shown],
+    *,
+    look: bool = True,
 ) -> tuple[StepOutput, float]:
     """``result`` of a step on this process's ``rows``, with loss, numbers and counts of the whole batch, and gradients
     averaged likewise; and what these are still to be multiplied by.
@@ -43,6 +62,7 @@ def of_whole_batch(
     A loss is a mean over rows, so that of the whole is the mean of those of the parts, each by its rows.  Where all
     have as many rows, and nobody but the optimizer looks at gradients, it multiplies them as it reads.  Of ``parted``
     parameters other processes update other parts, and unless somebody looks at the whole, own parts of gradients do.
+    ``look`` if all have given the same names, which waits for the device: see :func:`check_names`.
     """
     if share.rows.size == 1:
         return result, 1.0
@@ -59,6 +79,8 @@ def of_whole_batch(
         if plain and parameter in parted:
             parted[parameter].sum_gradient()
         elif gradient.numel() >= LARGE:
+            if gradient.stride() != parameter.stride():  # which it may be in this process alone
+                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
             share.rows.sum_(gradient)
         else:
             small.append(gradient)
@@ -66,7 +88,12 @@ def of_whole_batch(
     # By their names, since one process may have put them together in another order.
     losses, metrics = ({name: given[name] for name in sorted(given)} for given in (result.losses, result.metrics))
     numbers = [_number(value, result.loss, wide) for value in (result.loss, *losses.values(), *metrics.values())]
-    fired, *sums = share.rows.sums([result.fired, *small, *(number * (rows / share.n(rows)) for number in numbers)])
+    names = zlib.crc32(repr(_names(result, sae)).encode())
+    named = torch.tensor(names, dtype=torch.float64, device=result.loss.device)
+    own = [number * (rows / share.n(rows)) for number in numbers]
+    named, fired, *sums = share.rows.sums([named, result.fired, *small, *own])
+    if look and int(named) != names * share.rows.size:
+        check_names(share, result, sae)
     for gradient, whole in zip(small, sums, strict=False):
         gradient.copy_(whole)
     loss, *others = sums[len(small) :]

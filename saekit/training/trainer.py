@@ -168,9 +168,10 @@ class SAETrainer:
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
             if not self._names_agree:
-                check_names(share, result)
+                check_names(share, result, self.sae)
                 self._names_agree = True
-        result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted)
+        look = at_hand(x.device) or (self.step + 1) % self.training.log_frequency == 0
+        result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted, look=look)
         with self.watched("before_update"):
             self.sae.before_update()
         grad_norm = self.optimizer.step(self.step, result.loss, factor)

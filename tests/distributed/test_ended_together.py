@@ -25,6 +25,31 @@ def test_a_slow_disk_ends_nothing(tmp_path: Path, rank: int, words: str) -> None
 
 
 @pytest.mark.processes
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_saves_all_however_slow_one_is(tmp_path: Path, rank: int) -> None:
+    """Its work has ended by then, and the others wait for what it writes."""
+    first, second = ends(tmp_path, "slow and terminated", rank)
+    assert (first[0], second) == (143, (143, "")), first[1]
+    kept = newest_checkpoint(tmp_path / "run")
+    assert kept.folder.name == f"step-{kept.facts['batches']}"
+    assert first[1].startswith(f"interrupted after {kept.facts['batches']} steps")
+    assert kept.facts["batches"] in (6, 7)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_checkpoint_is_written_although_one_fails_meanwhile(tmp_path: Path, rank: int) -> None:
+    """Its own part, while the others wait for it in a step."""
+    found = ends(tmp_path, "raises while writing", rank)
+    assert [code for code, _ in found] == [1, 1]
+    said = "".join(text for _, text in found)
+    assert "a fault of an architecture" in said
+    kept = newest_checkpoint(tmp_path / "run")
+    assert kept.facts["batches"] >= 6
+    kept.verify()
+
+
+@pytest.mark.processes
 @pytest.mark.parametrize("words", [DATA, FEATURES])
 def test_a_want_of_memory_is_told_by_the_process_that_had_it(tmp_path: Path, words: str) -> None:
     """Also where the others wait for its part elsewhere, where they would for longer than this test lasts."""

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from support.saes import drawn_sae
-from support.threads import by_all
+from support.threads import Threads, by_all
 
 from saekit.distributed.group import Group
 from saekit.distributed.share import Share
+from saekit.training import together
 from saekit.training.together import check_names, of_whole_batch
 from saekit.values import StepOutput
 
@@ -25,7 +26,7 @@ def step(given: list[StepOutput], rows: tuple[int, ...]) -> list[StepOutput]:
     sae = drawn_sae(4, d_sae=4)
 
     def work(group: Group) -> StepOutput:
-        return of_whole_batch(sae, Share(group, counts=rows), given[group.rank], rows[group.rank])[0]
+        return of_whole_batch(sae, Share(group, counts=rows), given[group.rank], rows[group.rank], {})[0]
 
     return by_all(len(given), work)
 
@@ -40,6 +41,50 @@ def test_they_are_added_up_by_name_in_whatever_order() -> None:
         assert {name: float(value) for name, value in found.metrics.items()} == {"x": 12.5, "y": 1.5, "n": 5.0}
         assert [*found.losses] == [*like.losses]
         assert [*found.metrics] == [*like.metrics]
+
+
+def test_other_names_are_found_in_every_step() -> None:
+    """As many as the others give, so that they would be added up with them."""
+    given = [output({}, {"x": 1.0}), output({}, {"y": 2.0})]
+    with pytest.raises(ValueError, match="must all give the same metrics"):
+        step(given, (1, 1))
+
+
+def test_gradients_of_one_alone_are_refused_by_all() -> None:
+    def work(group: Group) -> str:
+        sae: Any = drawn_sae(4, d_sae=4)
+        sae.b_dec.grad = torch.zeros(4)
+        if group.rank:
+            sae.W_dec.grad = torch.zeros(4, 4)
+        with pytest.raises(ValueError, match="gradients of the same parameters") as caught:
+            check_names(Share(group), output({}, {}), sae)
+        return str(caught.value)
+
+    first, second = by_all(2, work)
+    assert first == second
+    assert "process 1 of them gives others than the first: 'W_dec', which not the first has" in first
+
+
+def test_gradients_are_added_up_in_whatever_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sum_(group: Threads, value: torch.Tensor) -> torch.Tensor:
+        """As engines do: what lies at the same place of memory."""
+        memory = value if value.is_contiguous() else value.T
+        memory.copy_(torch.stack(group.gather(memory)).sum(0))
+        return value
+
+    monkeypatch.setattr(together, "LARGE", 4)
+    monkeypatch.setattr(Threads, "sum_", sum_)
+    gradient = torch.arange(16.0).view(4, 4)
+
+    def work(group: Group) -> tuple[torch.Tensor, bool]:
+        sae: Any = drawn_sae(4, d_sae=4)
+        sae.W_dec.grad = gradient.clone() if group.rank else gradient.T.contiguous().T
+        of_whole_batch(sae, Share(group, counts=(1, 1)), output({}, {}), 1, {})
+        return sae.W_dec.grad, sae.W_dec.grad.stride() == sae.W_dec.stride()
+
+    for found, in_order in by_all(2, work):
+        assert torch.equal(found, 2 * gradient)
+        assert in_order
 
 
 def test_names_of_one_alone_are_refused_by_all() -> None:

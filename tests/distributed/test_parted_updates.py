@@ -13,7 +13,7 @@ from torch import Tensor
 
 from saekit.distributed import ALONE
 from saekit.distributed.group import Group
-from saekit.errors import StorageError
+from saekit.errors import PluginFailedError, StorageError
 from saekit.runs.checkpoints import Checkpoint
 from saekit.runs.parts import moment_bytes
 from saekit.runs.spread_checkpoints import part_of_training, training_of
@@ -135,6 +135,45 @@ def test_an_optimizer_that_does_not_say_that_it_may_updates_all(monkeypatch: pyt
     trainer, _ = stepped(0, case)
     assert not trainer.optimizer.parted
     assert trainer.optimizer.state_dict()["W_dec"]["momentum"].shape == (32, 6)
+
+
+@pytest.mark.parametrize("kept", [torch.zeros(48), {"codes": torch.zeros(6, 16)}], ids=["flat", "nested"])
+def test_an_optimizer_that_keeps_what_cannot_be_divided_is_refused(monkeypatch: pytest.MonkeyPatch, kept: Any) -> None:
+    from saekit_plugins.optimizers.signum.module import Signum
+
+    case, work = attrs.evolve(TOPK, optimizer={"name": "signum"}), Signum.step
+
+    def step(optimizer: Any, *rest: Any) -> Any:
+        work(optimizer, *rest)
+        for state in optimizer.state.values():
+            state["codes"] = kept
+
+    monkeypatch.setattr(Signum, "step", step)
+    with pytest.raises(PluginFailedError, match=r"and keeps codes of W_dec as .*expected shape \[16, 6\]"):
+        stepped(0, case)
+    monkeypatch.setattr(Signum, "elementwise", False)
+    stepped(0, case)
+
+
+def test_parts_that_make_no_whole_are_refused() -> None:
+    trainers = [stepped(rank)[0] for rank in range(2)]
+    first, second = trainers[0].state_dict(), trainers[1].optimizer.parted_state()
+    table = trainers[0].sae.table
+    part_of_training([first], table, moments=[[second]])
+    for value in (torch.tensor(7.0), torch.zeros(96), {"codes": torch.zeros(6, 16)}):
+        odd = {**first, "optimizer": {**first["optimizer"], "W_enc": {**first["optimizer"]["W_enc"], "step": value}}}
+        with pytest.raises(StorageError, match="step of W_enc in the state of the optimizer is not of the shape"):
+            part_of_training([odd], table, moments=[[second]])
+    del second["W_enc"]["step"]
+    with pytest.raises(StorageError, match="W_enc are not of one optimizer"):
+        part_of_training([first], table, moments=[[second]])
+
+
+def test_a_part_that_is_lost_is_missed(tmp_path: Path) -> None:
+    """Some of the others' files, but not all."""
+    facts = {"mesh": [3, 1], "saes": {"sae": {}}, "files": {"sae/moments-0-2.json": ""}}
+    with pytest.raises(StorageError, match=r"lacks sae/moments-0-1\.json, a part of what the optimizer keeps"):
+        Checkpoint(tmp_path, facts).moments("sae", 0)
 
 
 def test_weights_in_other_memory_are_still_updated() -> None:

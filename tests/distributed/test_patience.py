@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from support import warm
 
 from saekit.distributed import patience
 from saekit.distributed.agreement import by_first, done_by_all, left_by_all
-from saekit.distributed.group import ONE, Group, MetGroup
+from saekit.distributed.group import ONE, Group, JoinedGroup, MetGroup
 from saekit.distributed.patience import Meeting, Patience
+from saekit.distributed.telling import Telling
+from saekit.distributed.world import World
 from saekit.errors import LostProcessError, SaekitError, StorageError
 
 Work = Callable[[Group], Any]
@@ -84,6 +87,7 @@ def test_all_meet_however_late_one_is() -> None:
     for ends in zip(*each(3, 0.4, work, store), strict=True):
         assert max(ends) - min(ends) < 0.4
     assert not store.check(["all/20/here"])
+    assert store.num_keys() < 15
 
 
 def test_what_one_cannot_do_nobody_has_done() -> None:
@@ -143,6 +147,26 @@ def test_one_that_fails_while_the_others_wait_for_it_elsewhere_ends(monkeypatch:
     assert str(first) == "of process 1: ValueError: a fault"
 
 
+def test_one_that_cannot_go_on_is_heard_where_the_others_tell_something() -> None:
+    """In another place of the program than where it failed."""
+    over = threading.Event()
+
+    def work(group: Group) -> Any:
+        if group.rank:
+            with contextlib.suppress(ValueError):
+                over.wait(20)
+                done_by_all(group, lambda: int("many"))
+            return None
+        joined: Any = JoinedGroup.__new__(JoinedGroup)  # of no engine, which is not asked
+        joined._joined, joined._meeting = object(), group._meeting  # type: ignore[attr-defined]
+        over.set()
+        return joined.objects("mine")
+
+    error, _ = each(2, 20, work)
+    assert isinstance(error, LostProcessError)
+    assert "process 1: ValueError: invalid literal for int()" in str(error)
+
+
 def test_words_come_one_after_the_other() -> None:
     def work(group: Group) -> Any:
         meeting = group._meeting  # type: ignore[attr-defined]
@@ -174,11 +198,17 @@ def test_one_that_has_left_is_not_waited_for() -> None:
     assert str(error) == "another process of the run has gone, or does not answer: process 0"
 
 
-def test_one_that_has_ended_is_not_waited_for() -> None:
+def test_one_whose_work_has_ended_is_waited_for() -> None:
+    """It may have a last checkpoint to write with the others, later than they."""
     store = dist.HashStore()
-    store.set("ended/0", "a full disk")
-    _, error = each(2, 60, lambda group: group.words() if group.rank else None, store)
-    assert str(error) == "another process of the run has gone, or does not answer: process 0"
+
+    def work(group: Group) -> Any:
+        world = World(all=group, telling=Telling(store, group.rank, 2))
+        with contextlib.suppress(KeyboardInterrupt), world.accounted():
+            raise KeyboardInterrupt
+        return done_by_all(group, lambda: time.sleep(group.rank) or "saved")
+
+    assert each(2, 60, work, store) == ["saved", "saved"]
 
 
 def test_one_that_was_killed_on_this_machine_is_not_waited_for() -> None:
@@ -197,9 +227,7 @@ def test_one_that_has_come_and_ended_has_come() -> None:
         if group.rank:
             time.sleep(0.6)
             return group.words()
-        found = group.words()
-        store.set("ended/0", "all is done")
-        return found
+        return group.words()
 
     assert each(3, 60, work, store) == [["", "", ""]] * 3
 

@@ -67,6 +67,7 @@ def test_it_goes_on_as_if_it_had_never_stopped(
     last, again = (newest_checkpoint(folder / f"{kind}-{names(*mesh)}/run").facts for kind in ("whole", "same"))
     assert last["files"] == again["files"], "all states are the same, to the last bit"
     assert (last["mesh"], last["finished"]) == (list(mesh), True)
+    assert last["format"] == (2 if mesh[0] > 1 else 1)
     parts = {f"sae/training-{part}.{kind}" for part in range(mesh[1]) for kind in ("json", "safetensors")}
     assert {file for file in last["files"] if "training" in file} == parts
     assert {file for file in last["files"] if "moments" in file and file.endswith(".json")} == {

@@ -89,10 +89,10 @@ def test_every_byte_of_a_manifest_counts(tmp_path: Path, two_checkpoints: Path) 
             with pytest.raises(StorageError, match="checkpoint.json"):
                 Checkpoint.open(path.parent)
         path.write_bytes(data)
-    path.write_text(json.dumps(whole | {"format": 2}))
-    with pytest.raises(StorageError, match="step-5 has format 2, and this saekit reads 1: update saekit to go on"):
+    path.write_text(json.dumps(whole | {"format": 3}))
+    with pytest.raises(StorageError, match="step-5 has format 3, and this saekit reads 2: update saekit to go on"):
         Checkpoint.open(path.parent)
-    with pytest.raises(StorageError, match="step-5 has format 2"):  # going on from step-3 would lose what is there
+    with pytest.raises(StorageError, match="step-5 has format 3"):  # going on from step-3 would lose what is there
         newest_checkpoint(path.parents[2])
     assert path.is_file()
 

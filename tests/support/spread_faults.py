@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from support.processes import ended
 
-from saekit.runs import run
+from saekit.runs import run, saving
 from saekit.runs.state_files import StateFiles
 from saekit.sae.folder import Contents
 from saekit.training.trainer import SAETrainer
@@ -68,6 +68,24 @@ def _slow_disk(trainer: SAETrainer) -> None:
 
     for kind in (StateFiles, Contents):
         kind.write = slowly(kind.write)  # type: ignore[attr-defined]
+
+
+def _slow_and_terminated(trainer: SAETrainer) -> None:
+    _slow_disk(trainer)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _raises_while_writing(trainer: SAETrainer) -> None:
+    """In a step after it, while a checkpoint is still being written."""
+    _slow_disk(trainer)
+    begin = saving.Saving._begin
+
+    def begun(*rest: Any, **options: Any) -> Any:
+        found = begin(*rest, **options)
+        SAETrainer.train_on = lambda *rest: _raises(trainer)  # type: ignore[method-assign, assignment, return-value]
+        return found
+
+    saving.Saving._begin = begun  # type: ignore[method-assign]
 
 
 def _no_memory(trainer: SAETrainer) -> None:
@@ -164,6 +182,8 @@ FAULTS: dict[str, Callable[[SAETrainer], None]] = {
     "stopped": _signal(signal.SIGSTOP),
     "full": _full_disk,
     "slow": _slow_disk,
+    "slow and terminated": _slow_and_terminated,
+    "raises while writing": _raises_while_writing,
     "no memory": _no_memory,
     "no folder": _no_folder,
     "terminated in saving": _terminated_in("save_saes"),

@@ -13,6 +13,7 @@ from saekit.runs.state_files import write_state
 from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.testing.checks.two_processes import DATA, FEATURES, on_two
+from saekit.training.shown import Shown
 
 if TYPE_CHECKING:
     from torch import nn
@@ -157,6 +158,35 @@ def state(subject: Subject) -> None:
 
 
 @CHECKS.add
+def divided_state(subject: Subject) -> None:
+    """Where it says ``elementwise``, what it keeps of a parameter is of its shape, or plain: parts make a whole."""
+    training = _Training(subject)
+    optimizer: Any = training.optimizer
+    if not _is_elementwise(optimizer):
+        return
+    training.step(3)
+    saved = optimizer.state_dict()
+    parameters = [value for group in optimizer.param_groups for value in group["params"]]
+    names = {id(value): name for name, value in training.parameters.items()}
+    for number, parameter in enumerate(parameters):
+        for key, value in saved["state"].get(number, {}).items():
+            must(
+                Shown(names[id(parameter)], parameter, None).divides(value),
+                f"it says elementwise, and keeps {key} of {names[id(parameter)]} ({list(parameter.shape)}) as "
+                f"{_what(value)}, which cannot be divided: keep it of that shape or as one number, or do not say so",
+            )
+
+
+def _is_elementwise(optimizer: object) -> bool:
+    return isinstance(optimizer, Elementwise) and bool(optimizer.elementwise)
+
+
+def _what(value: Any) -> str:
+    shape = getattr(value, "shape", None)
+    return type(value).__name__ if shape is None else f"shape {list(shape)}"
+
+
+@CHECKS.add
 def two_processes(subject: Subject) -> None:
     """Two processes that are given the same make the same steps; where it says ``elementwise``, each with half of every
     parameter makes the steps of one with all of it."""
@@ -175,7 +205,7 @@ def two_processes(subject: Subject) -> None:
     alone = _Training(subject, "float64")
     alone.step(5)
     works = {DATA: alike}
-    if isinstance(alone.optimizer, Elementwise) and alone.optimizer.elementwise:
+    if _is_elementwise(alone.optimizer):
         works[FEATURES] = halves
     found = on_two(works, subject.place)
     for number, own in enumerate(found[DATA]):

@@ -67,6 +67,18 @@ class ByNorm(Descent):
         return super().step()
 
 
+class Flat(Descent):
+    """Keeps the weights that were there, in one row."""
+
+    elementwise = True
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["past"] = parameter.detach().flatten()
+        return super().step()
+
+
 CASES = cases(
     "optimizers",
     {
@@ -76,6 +88,7 @@ CASES = cases(
         "rate": ("parameters after steps with lr 0, matrix: other numbers", Steady),
         "no_gradient": ("matrix, which has no gradient,: other numbers", Decaying),
         "two_processes": (r"matrix after steps of two processes with half of it each \(elementwise\): off by", ByNorm),
+        "divided_state": (r"keeps past of matrix \(\[7, 5\]\) as shape \[35\], which cannot be divided", Flat),
         "state": ("weights after a state was loaded, of 0 steps,", Hidden),
     },
 )

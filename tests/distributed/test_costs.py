@@ -21,6 +21,7 @@ def ran(name: str, *arguments: object) -> str:
     return found.stdout
 
 
+@pytest.mark.processes
 def test_messages_of_two_processes_are_those_of_the_model() -> None:
     lines = ran("scaling", "count", "--size", 2).splitlines()
     found = {}

@@ -45,6 +45,7 @@ def under_torchrun(*arguments: object) -> subprocess.Popen[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.processes
 def test_a_run_goes_on_under_torchrun_or_without(tmp_path: Path) -> None:
     place = tmp_path / "run.json"
     place.write_text(json.dumps(config(tmp_path)))

@@ -144,12 +144,24 @@ def test_what_is_not_finite_in_the_gradient_alone() -> None:
 
 
 def test_nobody_reads_a_copy_before_it_has_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy to the CPU is waited for; one to a GPU need not be."""
+    """A copy to the CPU is waited for; one to a GPU is not, and is made from pinned memory."""
     asked: list[tuple[str, bool]] = []
 
     class Rows:
-        def to(self, device: Any, dtype: torch.dtype, *, non_blocking: bool) -> Tensor:
+        device = torch.device("cpu")
+        pinned = False
+
+        def is_pinned(self) -> bool:
+            return self.pinned
+
+        def pin_memory(self) -> Rows:
+            pinned = Rows()
+            pinned.pinned = True
+            return pinned
+
+        def to(self, device: Any, *, non_blocking: bool = False) -> Tensor:
             asked.append((str(device), non_blocking))
+            assert self.pinned == non_blocking
             return batch(0)
 
         def __getitem__(self, some: slice) -> Tensor:
@@ -157,7 +169,7 @@ def test_nobody_reads_a_copy_before_it_has_come(monkeypatch: pytest.MonkeyPatch)
 
     for device in ("cpu", "cuda", "cuda:1", "mps", torch.device("cpu")):
         rows_on(device, Rows(), torch.float32)  # type: ignore[arg-type]
-    assert asked == [("cpu", False), ("cuda", True), ("cuda:1", True), ("mps", True), ("cpu", False)]
+    assert asked == [("cpu", False), ("cuda", True), ("cuda:1", True), ("mps", False), ("cpu", False)]
     asked.clear()
     trainer(CONFIGS["standard"]).train_on(Rows())  # type: ignore[arg-type]
     assert asked == [("cpu", False)]

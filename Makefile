@@ -98,7 +98,7 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 # Beside other libraries where they can be installed, in environments of their own; what is not to be had is named and
-# left out, and so is a bench that fails.  About 25 minutes on two cores, beside what setting up takes once.  Tables go into
+# left out, and so is a bench that fails.  About half an hour on two cores, beside what setting up takes once.  Tables go into
 # docs/figures/, a page for each machine, and docs/performance.md.  MACHINE="..." calls this machine otherwise; ONLY="step
 # live" runs some of the benches.
 bench: $(STAMP)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.odd_tokens import ODD
+from support.pages import wait
 
 import saekit
 from saekit.dashboards import Look, page_data, page_html
@@ -61,11 +61,7 @@ class Looked:
         return found
 
     def wait(self, script: str, wanted: Any = True) -> None:
-        for _ in range(100):
-            if self.run(script) == wanted:
-                return
-            time.sleep(0.05)
-        assert self.run(script) == wanted
+        wait(self.browser, script, wanted)
 
     def named(self, name: str) -> None:
         self.wait("document.querySelector('#feature h2')?.textContent", f"Feature {name}")
@@ -83,6 +79,8 @@ class Looked:
 def looked(browser: Any, page: Path) -> Iterator[Looked]:
     browser.get_log("performance"), browser.get_log("browser")
     yield Looked(browser, page)
+    # Whatever failed: the next page begins in the theme of the system.
+    browser.execute_script("try { localStorage.clear(); } catch {}")
     severe = [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     assert not severe
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
@@ -267,6 +265,7 @@ def test_a_theme_that_is_chosen_stays(looked: Looked) -> None:
     looked.press("t")
     assert looked.run("document.documentElement.dataset.theme") == "dark"
     looked.open(scheme="light")
+    looked.named("5")
     assert looked.run("document.documentElement.dataset.theme") == "dark"
     looked.run("document.getElementById('theme').click()")
     assert looked.run("[document.documentElement.dataset.theme, recall('theme')]") == ["light", None]

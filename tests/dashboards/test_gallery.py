@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.pages import wait
 
 import saekit
 from saekit.dashboards import page_data
@@ -61,10 +62,10 @@ def test_the_page_is_that_of_the_features_with_names(gallery: Any, browser: Any,
     browser.get_log("browser"), browser.get_log("performance")
     page = gallery.write(tmp_path)
     browser.get(page.as_uri())
-    found = browser.execute_script("return [...document.querySelectorAll('#list .number')].map(one => one.textContent)")
     (sae,) = gallery.data()["saes"]
-    assert len(found) == 12
-    assert found == [str(one["index"]) for one in sae["index"]]
+    named = [str(one["index"]) for one in sae["index"]]
+    assert len(named) == 12
+    wait(browser, "[...document.querySelectorAll('#list .number')].map(one => one.textContent)", named)
     assert all(one["label"] for one in sae["index"])
     assert not [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")]
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import attrs
 import pytest
 import torch
 from support.odd_tokens import ODD, OddBackend, collected, several_saes
+from support.pages import wait
 
 import saekit
 from saekit.dashboards import Look
@@ -26,14 +26,6 @@ def asked(browser: Any) -> list[str]:
     """What was asked for since it was last asked."""
     messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     return [one["params"]["request"]["url"] for one in messages if one["method"] == "Network.requestWillBeSent"]
-
-
-def wait(browser: Any, script: str, wanted: Any = True) -> None:
-    for _ in range(200):
-        if browser.execute_script(f"return {script}") == wanted:
-            return
-        time.sleep(0.05)
-    assert browser.execute_script(f"return {script}") == wanted
 
 
 @pytest.fixture

@@ -328,7 +328,7 @@ def test_what_is_not_steady_is_marked_with_what_to_do(found: Found) -> None:
 
 
 def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in machines._HOLD:
+    for name in machines._LIBRARIES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machines, "_cpu", lambda: ("EPYC 1", {"avx512_vnni", "amx_tile"}))
     monkeypatch.setattr(machines, "has_bfloat16_products", lambda: True)
@@ -338,8 +338,14 @@ def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "has_bfloat16_products", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     held = attrs.evolve(this_machine(), cores=2, threads=1, torch="2.13.0")
-    assert held.name == "2 cores of EPYC 1 with AVX2 (held to by ONEDNN_MAX_CPU_ISA=AVX2), 1 thread, torch 2.13.0"
+    assert held.name == "2 cores of EPYC 1 with AVX2, held to ONEDNN_MAX_CPU_ISA=AVX2, 1 thread, torch 2.13.0"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    wholly = attrs.evolve(this_machine(), cores=2, threads=2, torch="2.13.0")
+    assert wholly.name == "2 cores of EPYC 1 with AVX2, held to AVX2, torch 2.13.0"
+    assert wholly.to_dict()["held_to"] == "AVX2"
     other = attrs.evolve(held, held={}, threads=2, gpu="NVIDIA H100")
+    assert other.to_dict()["held_to"] is None
     assert other.name == "NVIDIA H100; 2 cores of EPYC 1 with AVX2, torch 2.13.0"
     assert other.to_dict()["name"] == other.name
 

@@ -153,6 +153,8 @@ def _alone(chosen: dict[str, Any]) -> SAETrainer:
 
 def _tell(name: str, watch: Interleaved) -> None:
     first = 20  # whose memory is new
+    if len(watch.times["run"]) < 2 * first:
+        return  # of so few there is no 99th percentile
     ratios = {}
     for what, values in watch.times.items():
         ordered = sorted(values[first:])

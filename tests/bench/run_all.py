@@ -55,7 +55,7 @@ class Bench:
         return sum(part.seconds for part in self.parts)
 
 
-_LARGE = '--size large --leave-out reference "sae-lens 3.0.0" dictionary_learning'
+_LARGE = '--size large --leave-out reference int8 "sae-lens 3.0.0" dictionary_learning'
 BENCHES = (
     Bench(
         "step",
@@ -75,7 +75,7 @@ BENCHES = (
     ),
     Bench("checkpoint", (Part("--rounds 3", 60),)),
     Bench("plan_truth", (Part("--quick", 220),), peers=False),
-    Bench("jitter", (Part("--only cached", 85), Part("--only live --steps 500", 40)), peers=False),
+    Bench("jitter", (Part("--only cached", 95), Part("--only live --steps 500", 40)), peers=False),
     Bench("processes", (Part("--rounds 2 --only topk", 60),), peers=False),
     Bench("startup", (Part("--runs 4 --few", 30),)),
     Bench("gaps", (Part("demo training.training_tokens=100_000 training.lr_decay_steps=10", 40),)),

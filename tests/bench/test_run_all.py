@@ -191,6 +191,27 @@ def test_numbers_of_tables(made: ModuleType, value: Any, shown: str) -> None:
     assert pages._number(value) == shown
 
 
+def test_what_stands_beside_what(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(HERE))
+    import step
+
+    monkeypatch.setattr(step, "version", lambda name: "6.5")
+    steps = [
+        "sparsify 1 topk",
+        "sae-lens 6.5 topk",
+        "sae-lens 3.0 topk",
+        "saekit topk",
+        "saekit topk, kernels = reference",
+    ]
+    assert step.beside("saekit topk", steps) == ["sae-lens 6.5 topk", "sparsify 1 topk", "sae-lens 3.0 topk"]
+    uses = ["sae-lens 6.5 standard encode, decode", "sae-lens 6.5 standard encode", "saekit standard forward"]
+    assert step.beside("saekit standard encode_sparse screened", uses) == uses[1:2]
+    assert step.beside("saekit standard encode, decode", uses) == uses[:1]
+    assert step.beside("saekit standard forward", uses) == uses[:1]
+    for name in ("step", "common", "peers", "figures"):
+        sys.modules.pop(name, None)
+
+
 def test_the_marks_are_in_the_docs() -> None:
     text = (HERE.parents[1] / "docs" / "performance.md").read_text(encoding="utf-8")
     assert all(text.count(mark) == 1 for mark in MARKS.split("\n\n")[1:3])

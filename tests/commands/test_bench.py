@@ -187,10 +187,12 @@ def test_a_mistake_of_a_stranger_is_not_passed_over() -> None:
 
 def test_the_command_gives_json() -> None:
     words = ["bench", "--size", "16x128", "--architecture", "topk", "--seconds", "0.2", "--device", "cpu"]
-    table = json.loads(cli(*words, "--json").stdout)
+    table = json.loads(cli(*words, "--rows", "300", "--json").stdout)
     assert table["machine"]["cpu"] == this_machine().cpu
     (row,) = table["rows"]
     assert (row["architecture"], row["d_in"], row["d_sae"], row["l0"]) == ("saekit:topk", 16, 128, 32)
+    assert row["rows"] == 300
+    assert set(row["calls"]["step"]) == {"low", "median", "high", "calls"}
 
 
 @pytest.mark.parametrize(

@@ -98,14 +98,15 @@ docs: $(STAMP)
 	$(BIN)/python -m sphinx -W -b html docs docs/_build/html
 
 # Beside other libraries where they can be installed, in environments of their own; what is not to be had is named and
-# left out, and so is a bench that fails.  About half an hour on two cores, beside what setting up takes once.  Tables go into
-# docs/figures/, a page for each machine, and docs/performance.md.  MACHINE="..." calls this machine otherwise; ONLY="step
-# live" runs some of the benches.
+# left out, and so is a bench that fails.  At most MINUTES, beside what setting up takes once.  Tables go into docs/figures/,
+# a page for each machine, and docs/performance.md.  MACHINE="..." calls this machine otherwise; ONLY="step live" runs some
+# of the benches.
+MINUTES ?= 25
 bench: $(STAMP)
 	@peers=$(PEERS)/bin/python; $(MAKE) --no-print-directory $(PEERS)/.installed || peers=; \
 	if $(MAKE) --no-print-directory $(PEERS)-3/.installed; \
 	then export SAEKIT_BENCH_SAE_LENS_3=$(PEERS)-3/bin/python; fi; \
-	$(BIN)/python tests/bench/run_all.py --peers "$$peers" $(if $(MACHINE),--machine "$(MACHINE)") \
+	$(BIN)/python tests/bench/run_all.py --peers "$$peers" --minutes $(MINUTES) $(if $(MACHINE),--machine "$(MACHINE)") \
 		$(if $(ONLY),--only $(ONLY))
 
 # $(call SAYING,what,command): runs the command, and says every three seconds that it is still at work, since pip is silent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["bench", "show_machine", "size_of"]
 
 _BUSY = 0.3  # of the processors, at work for others, which changes what is measured
+_UNSTEADY = (
+    "~: calls of it, or of mm1, lie far apart, or there was time for one alone, so that another run may give another "
+    "number: close other programs, give it more time (--seconds), or ask for one size and architecture alone"
+)
 
 
 def bench(asked: Bench | None = None, *, plugins: PluginManager | None = None, verbose: bool = True) -> Found:
@@ -53,27 +58,30 @@ def show_machine(found: Found, console: Console) -> None:
     names = _names(found.timed)
     for size, timed in _by_size(found.timed).items():
         first = timed[0]
+        product = statistics.median(one.product for one in timed)
         line("")
         line(
             f"{size[0]:,} → {size[1]:,}, float32, batches of {first.rows:,}; mm1, one product with the encoder: "
-            f"{_number(first.microseconds(first.product))} µs per token, {first.flops / 1e9:,.0f} GFLOP/s"
+            f"{_number(first.microseconds(product))} µs per token, {first.flops_in(product) / 1e9:,.0f} GFLOP/s"
         )
         table = Table(box=None, pad_edge=False, header_style="bold")
         table.add_column("µs per token (× mm1)")
         for head in ("L0", "Step", "In plain torch", *first.uses):
             table.add_column(head, justify="right", no_wrap=True)
         for one in timed:
-            plain = "the same" if one.why_plain is not None else _times(one, one.plain)
-            uses = [_times(one, seconds) for seconds in one.uses.values()]
+            plain = "the same" if one.why_plain is not None else _times(one, "plain", one.plain)
+            uses = [_times(one, name, seconds) for name, seconds in one.uses.items()]
             table.add_row(
                 printable(names[one.architecture]),
                 "–" if one.l0 is None else f"{one.l0:.0f}",
-                _times(one, one.step),
+                _times(one, "step", one.step),
                 plain,
                 *uses,
             )
         console.print(table)
     line("")
+    if any(one.unsteady(name) for one in found.timed for name in one.calls):
+        line(_UNSTEADY)
     for text in _ways(found.timed):
         line(text)
 
@@ -92,8 +100,9 @@ def _names(timed: Sequence[Timed]) -> dict[str, str]:
     return {key: name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)}
 
 
-def _times(one: Timed, seconds: float) -> str:
-    return f"{_number(one.microseconds(seconds))} ({seconds / one.product:.2f})"
+def _times(one: Timed, name: str, seconds: float) -> str:
+    mark = "~" if one.unsteady(name) or one.unsteady("product") else ""
+    return f"{mark}{_number(one.microseconds(seconds))} ({seconds / one.product:.2f})"
 
 
 def _number(value: float) -> str:

@@ -29,6 +29,7 @@ from saekit.plugins.registry import Registered
 from saekit.runs.machine import Machine, this_machine
 from saekit.runs.parts import make_optimizer
 from saekit.runs.planned_memory import free_memory
+from saekit.runs.steady import Spread, seconds_in_turn
 from saekit.runs.timing import bytes_text, least_seconds
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
@@ -42,11 +43,14 @@ __all__ = ["Bench", "Found", "Timed", "encoder_product", "resting_trainer", "tim
 
 _MOST, _LEAST = 4096, 256  # rows of a batch
 _L0, _K = 48, 32  # features of a row, of architectures that leave it open and of those that have a `k`
-_STEP, _PLAIN, _USE = 2.0, 11.0, 1.7  # about what a step, one in plain torch, and each use takes, in products
+_STEP, _PLAIN, _USE = 2.0, 11.0, 1.5  # about what a step, one in plain torch, and each use takes, in products
+_CALLS = 5  # of each that there should be time for, but in plain torch, of which one will do
+_NEEDED = _CALLS * (1 + _STEP + 3 * _USE) + _PLAIN  # by an architecture, in products
+_A_ROW = 30  # calls that tell how fast products are
 _RATE = 1e-7  # of learning: so that what is active stays active
 _HALVINGS = 24  # until as many features are active
 _FEW = 32  # rows on which these are counted again and again
-_SHARE = 0.8  # of the time that is given: what may be foreseen to be needed
+_SHARE = 0.85  # of the time that is given: what may be foreseen to be needed
 
 
 def _sizes(_: object, attribute: object, value: Sequence[tuple[int, int]]) -> None:
@@ -68,15 +72,18 @@ class Bench:
     sizes: tuple[tuple[int, int], ...] = attrs.field(default=((512, 4096), (768, 24576)), validator=_sizes)
     """Widths and numbers of features."""
     device: str = "auto"
-    seconds: float = attrs.field(default=100.0, validator=_seconds)
-    """About what all of it may take.  With less, batches are smaller and calls fewer."""
+    seconds: float = attrs.field(default=120.0, validator=_seconds)
+    """About what all of it takes.  With less, calls are fewer, and batches smaller where they would be too few."""
     rows: int = attrs.field(default=_MOST, validator=a_size)
     """Of a batch, at most."""
 
 
 @attrs.frozen(kw_only=True)
 class Timed:
-    """One architecture in one size.  Times are seconds of a whole batch."""
+    """One architecture in one size.  Times are seconds of a whole batch, the lower quartiles of several calls.
+
+    What other programs do makes calls longer, and never shorter; the least alone would be a matter of luck.
+    """
 
     architecture: str
     d_in: int
@@ -92,6 +99,8 @@ class Timed:
     """Of one in plain torch."""
     uses: Mapping[str, float]
     """Of inference without gradients, by what is called."""
+    calls: Mapping[str, Spread] = attrs.field(factory=dict)
+    """How far the calls lie apart: of `product`, `step`, `plain` where that is another way, and each of `uses`."""
     path: str
     """The way of a step, in words."""
     why_plain: str | None
@@ -103,19 +112,23 @@ class Timed:
     others: Sequence[str] = ()
     """Step kernels of plugins for this architecture, and why each is not at work here."""
 
+    def unsteady(self, name: str) -> bool:
+        """Whether the time of this name, as in `calls`, may be another the next time."""
+        return name in self.calls and self.calls[name].unsteady
+
     def microseconds(self, seconds: float) -> float:
         """For each token."""
         return seconds / self.rows * 1e6
 
-    @property
-    def flops(self) -> float:
-        """Of the product, in a second."""
-        return 2.0 * self.rows * self.d_in * self.d_sae / self.product
+    def flops_in(self, seconds: float) -> float:
+        """In a second, where the product takes ``seconds``."""
+        return 2.0 * self.rows * self.d_in * self.d_sae / seconds
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         found = attrs.asdict(self)
-        return {**found, "uses": dict(self.uses), "others": list(self.others)}
+        calls = {name: attrs.asdict(spread) for name, spread in self.calls.items()}
+        return {**found, "uses": dict(self.uses), "calls": calls, "others": list(self.others)}
 
 
 @attrs.frozen(kw_only=True)
@@ -167,22 +180,32 @@ def _all(
     say: Callable[[str], object],
 ) -> Iterator[Timed]:
     say("looking how fast this machine multiplies")
+    ends = time.perf_counter() + bench.seconds
     sizes = [*dict.fromkeys(size for _, size in configs)]
-    each = {size: _a_row(size, device, bench.seconds / 50) for size in sizes}
     number = len(configs) // len(sizes)
-    products = number * (_STEP * 2 + _PLAIN + 3 * 2 * _USE)
-    whole = sum(each.values())
+    needed = {size: number * _NEEDED * _a_row(size, device, bench.seconds / 50) for size in sizes}  # by a row
+    rows = _rows(bench, needed, device)
+    left = sum(rows[size] * needed[size] for size in sizes)
     for size in sizes:
-        share = bench.seconds * each[size] / whole
-        rows = min(bench.rows, _rows_for(size, device))
-        while rows > _LEAST and rows * each[size] * products > _SHARE * share:
-            rows = max(rows // 2, _LEAST)
-        x = torch.randn(rows, size[0], generator=torch.Generator().manual_seed(0)).to(device)
-        product = _product_seconds(size, x, share / 20)
+        x = torch.randn(rows[size], size[0], generator=torch.Generator().manual_seed(0)).to(device)
         for (item, own), config in configs.items():
             if own == size:
                 say(f"timing {item.key}, {size[0]:,} → {size[1]:,}")
-                yield _timed(item, config, size, x, product, share / number, plugins)
+                need, now = rows[size] * needed[size] / number, time.perf_counter()
+                yield _timed(item, config, size, x, now + (ends - now) * min(need / left, 1.0), plugins)
+                left -= need
+
+
+def _rows(bench: Bench, needed: Mapping[tuple[int, int], float], device: str) -> dict[tuple[int, int], int]:
+    """Rows of a batch of each size: half as many of what takes the most time, until all that is needed fits."""
+    rows = {size: min(bench.rows, _rows_for(size, device)) for size in needed}
+    while sum(rows[size] * each for size, each in needed.items()) > _SHARE * bench.seconds:
+        smaller = [size for size in needed if rows[size] > _LEAST]
+        if not smaller:
+            break
+        size = max(smaller, key=lambda size: rows[size] * needed[size])
+        rows[size] = max(rows[size] // 2, _LEAST)
+    return rows
 
 
 def _config(item: Registered, size: tuple[int, int], device: str, plugins: PluginManager) -> TrainConfig:
@@ -216,7 +239,7 @@ def _rows_for(size: tuple[int, int], device: str) -> int:
             [("size", f"{size[0]}x{size[1]} needs {bytes_text(weights + _LEAST * row)}, and {bytes_text(free)} are "
               f"free on {device}; choose a smaller one")]
         )  # fmt: skip
-    return int(min((free - weights) / row, _MOST))
+    return int(min((free - weights) / row, 2**31))
 
 
 def encoder_product(x: Tensor, turned: Tensor) -> Callable[[], Tensor]:
@@ -228,12 +251,7 @@ def encoder_product(x: Tensor, turned: Tensor) -> Callable[[], Tensor]:
 def _a_row(size: tuple[int, int], device: str, budget: float) -> float:
     """Seconds of the product for one row, about."""
     x, turned = torch.ones(_LEAST, size[0], device=device), torch.ones(size[1], size[0], device=device)
-    return least_seconds(encoder_product(x, turned), device, most=5, budget=budget) / _LEAST
-
-
-def _product_seconds(size: tuple[int, int], x: Tensor, budget: float) -> float:
-    turned = torch.randn(size[1], size[0], generator=torch.Generator().manual_seed(1)).to(x.device)
-    return least_seconds(encoder_product(x, turned), x.device, most=100, budget=budget)
+    return least_seconds(encoder_product(x, turned), device, most=_A_ROW, budget=budget) / _LEAST
 
 
 def resting_trainer(
@@ -252,16 +270,10 @@ def resting_trainer(
 
 
 def _timed(
-    item: Registered,
-    config: TrainConfig,
-    size: tuple[int, int],
-    x: Tensor,
-    product: float,
-    seconds: float,
-    plugins: PluginManager,
+    item: Registered, config: TrainConfig, size: tuple[int, int], x: Tensor, ends: float, plugins: PluginManager
 ) -> Timed:
-    """In about ``seconds``."""
-    device, ends = str(x.device), time.perf_counter() + seconds
+    """Until the clock shows about ``ends``; the product too, so that all of it meets the same machine."""
+    device = str(x.device)
     sae = _made(item, config, size[0], plugins)
     with blamed(item, "while it was timed", at_work=True):
         initialize(sae, torch.Generator().manual_seed(0), x[:_LEAST].cpu())
@@ -270,26 +282,20 @@ def _timed(
         trainer = resting_trainer(
             sae, make_optimizer(config, plugins, sae, lambda step: _RATE), config.training, device
         )
-        seen: list[Mapping[str, Any]] = []
-
-        def timed(work: Callable[[], object], part: float, of: float) -> float:
-            budget = max(ends - time.perf_counter(), 0.0) * part / of
-            return least_seconds(work, device, most=100, budget=budget)
-
+        l0 = _number(trainer.train_on(x).get("metrics/l0"))  # which its first step tells
+        turned = torch.randn(size[1], size[0], generator=torch.Generator().manual_seed(1)).to(device)
         path, why = trainer.step_path(), trainer.why_reference()
-        uses: dict[str, float] = {}
-        step = timed(lambda: seen.append(trainer.train_on(x)), _STEP, _STEP + 3 * _USE + _PLAIN)
-        for number, (name, use) in enumerate(_uses(sae, x).items()):
-            uses[name] = timed(use, _USE, (3 - number) * _USE + _PLAIN)
-        if_fast, if_int8 = (_by(trainer, kernels, trainer.why_reference) for kernels in ("fast", "int8"))
-        plain = step
+        uses = _uses(sae, x)
+        works = {"product": encoder_product(x, turned), "step": lambda: trainer.train_on(x), **uses}
         if why is None:
-            plain = _by(trainer, "reference", lambda: timed(lambda: trainer.train_on(x), 1, 1))
+            works["plain"] = lambda: _by(trainer, "reference", lambda: trainer.train_on(x))
+        calls = seconds_in_turn(works, device, ends)
+        if_fast, if_int8 = (_by(trainer, kernels, trainer.why_reference) for kernels in ("fast", "int8"))
+    seconds = {name: spread.low for name, spread in calls.items()}
     return Timed(
-        architecture=item.key, d_in=size[0], d_sae=sae.d_sae, rows=len(x), product=product, step=step,
-        l0=_number(seen[0].get("metrics/l0")),
-        plain=plain, uses=uses, path=path, why_plain=why, if_fast=if_fast, if_int8=if_int8,
-        others=_others(item, sae, plugins),
+        architecture=item.key, d_in=size[0], d_sae=sae.d_sae, rows=len(x), product=seconds["product"], l0=l0,
+        step=seconds["step"], plain=seconds.get("plain", seconds["step"]), uses={name: seconds[name] for name in uses},
+        calls=calls, path=path, why_plain=why, if_fast=if_fast, if_int8=if_int8, others=_others(item, sae, plugins),
     )  # fmt: skip
 
 

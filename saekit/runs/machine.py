@@ -16,8 +16,13 @@ from saekit.kernels.private_torch import has_bfloat16_products
 
 __all__ = ["Machine", "this_machine"]
 
-_HOLD = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
-"""By these, torch and its libraries use fewer instructions than the CPU has."""
+_LIBRARIES = {
+    "ATEN_CPU_CAPABILITY": "torch",
+    "ONEDNN_MAX_CPU_ISA": "oneDNN",
+    "DNNL_MAX_CPU_ISA": "oneDNN",
+    "MKL_ENABLE_INSTRUCTIONS": "MKL",
+}
+"""Whom each of these has use fewer instructions than the CPU has."""
 _NAMES = {"AVX512": "AVX-512", "DEFAULT": "neither AVX2 nor AVX-512"}
 
 
@@ -45,24 +50,35 @@ class Machine:
     """The name of the device that was measured, where that is a GPU."""
 
     @property
+    def held_to(self) -> str | None:
+        """What the libraries are held to, in words: `AVX2`, or what holds some of them to it; None: to nothing.
+
+        It changes every figure, and stands in the name.
+        """
+        values = {value.upper() for value in self.held.values()}
+        if len(values) == 1 and len({_LIBRARIES[name] for name in self.held}) == len(set(_LIBRARIES.values())):
+            return values.pop()
+        return " and ".join(f"{name}={value}" for name, value in self.held.items()) or None
+
+    @property
     def name(self) -> str:
         """In a line: ``2 cores of AMD EPYC with AVX2, torch 2.13.0``."""
-        held = " and ".join(f"{name}={value}" for name, value in self.held.items())
+        held = "" if self.held_to is None else f", held to {self.held_to}"
         cores = f"{self.cores} core{'s' if self.cores > 1 else ''} of {self.cpu} with {self.instructions}"
         threads = "" if self.threads == self.cores else f", {self.threads} thread{'s' if self.threads > 1 else ''}"
         gpu = "" if self.gpu is None else f"{self.gpu}; "
-        return f"{gpu}{cores}{f' (held to by {held})' if held else ''}{threads}, torch {self.torch}"
+        return f"{gpu}{cores}{held}{threads}, torch {self.torch}"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, its name among it."""
-        return {"name": self.name, **attrs.asdict(self)}
+        return {"name": self.name, "held_to": self.held_to, **attrs.asdict(self)}
 
 
 def this_machine(device: torch.device | str = "cpu") -> Machine:
     """The one that this runs on, for what is measured on ``device``."""
     device = torch.device(device)
     model, flags = _cpu()
-    held = {name: os.environ[name] for name in _HOLD if os.environ.get(name)}
+    held = {name: os.environ[name] for name in _LIBRARIES if os.environ.get(name)}
     return Machine(
         cpu=model,
         instructions=_instructions(set() if held else flags),

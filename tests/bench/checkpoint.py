@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from common import language_model, random_contexts, settings
-from figures import row, spread
+from figures import cut, late, row, spread
 
 import saekit
 from saekit.runs.interruption import Interruption
@@ -82,6 +82,9 @@ def main() -> None:
         batch = next(lane.source).activations[site]
         steps = [timed(lambda: trainer.train_on(batch))]
         for number in range(options.rounds):
+            if number and late():
+                cut(f"{number} of {options.rounds} rounds")
+                break
             lane.batches = 2 * number + 1
             behind.append(timed(saving.save_if_possible))
             saving.settle()
@@ -97,7 +100,7 @@ def main() -> None:
         shutil.rmtree(folder)
     median = statistics.median
     title = f"SAE {d_model} → {d_sae:,}, a checkpoint of {sizes[-1] / 1e6:,.0f} MB"
-    print(f"  {title}, {options.rounds} rounds")
+    print(f"  {title}, {len(behind)} rounds")
     for name, values in (
         ("written behind", behind), ("a copy of its bytes", copies), ("waited for", saves),
         ("its bytes to the disk", writes), ("training step", steps),

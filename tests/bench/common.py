@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figures import Figure, row, spread
+from figures import Figure, cut, late, row, spread
 from saekit_plugins.backends.hooked_transformer import EMBEDDED
 
 import saekit
@@ -131,14 +131,18 @@ class Timed:
 class Times:
     """Microseconds per token of cases that are timed in turn, every other round in reverse.
 
-    A case is timed when the machine is quiet, or half a minute later.  If other programs then used more than ``QUIET``
-    of it, the time is not counted and the case is timed again; it is timed ``2 * rounds`` times at most.
+    A case is timed when the machine is quiet, or half a minute later (a minute for all of a script).  If other programs
+    then used more than ``QUIET`` of it, the time is not counted and the case is timed again; it is timed ``2 * rounds``
+    times at most, and once where there is no time for more.
     """
 
     def __init__(self, cases: Mapping[str, Case | Callable[[], int]], rounds: int) -> None:
         self.cases = {name: case if isinstance(case, Case) else Case(case) for name, case in cases.items()}
         self._all: dict[str, list[Timed]] = {name: [] for name in cases}
+        self._rounds = rounds
         for number in range(2 * rounds):
+            if number and late():
+                break
             for name in list(cases)[:: 1 if number % 2 == 0 else -1]:
                 if len(self._quiet(name)) < rounds:
                     _wait_for_quiet()
@@ -161,6 +165,8 @@ class Times:
         They go into the table ``title``, with how many times as long the case ``beside`` takes.
         """
         width = max(len(name) for name in self.cases)
+        if (made := min(map(len, self._all.values()))) < self._rounds:
+            cut(f"{made} of {self._rounds} rounds of {title}")
         for name, runs in self._all.items():
             values, quiet = self.of(name), self._quiet(name)
             processors = statistics.median(timed.processors for timed in quiet or runs)
@@ -176,14 +182,20 @@ class Times:
 
 
 _LOOK = 0.3  # seconds, of which the system counts hundredths
+_PATIENCE = 60.0  # seconds of waiting in all
+_waited = 0.0
 
 
 def _wait_for_quiet(seconds: int = 30) -> None:
+    global _waited
     for _ in range(int(seconds / _LOOK)):
+        if late() or _waited > _PATIENCE:
+            return
         busy = _busy_seconds()
         time.sleep(_LOOK)
         if _busy_seconds() - busy < QUIET * _LOOK * (os.cpu_count() or 1):
             return
+        _waited += _LOOK
 
 
 def _time(case: Case) -> Timed:

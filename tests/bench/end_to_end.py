@@ -1,10 +1,10 @@
 """A whole run, activations included, beside sae-lens's own runner on the same model and tokens; and four SAEs at once.
 
-    python tests/bench/end_to_end.py [--tokens 262144] [--rounds 3]
+    python tests/bench/end_to_end.py [--shape topk-512 standard-128] [--tokens 262144] [--rounds 3]
 
-An untrained HookedTransformer of 4 layers and width 512, contexts of 128 tokens, TopK SAEs of 4096 features at
-``blocks.2.hook_resid_post``, batches of 4096.  Four SAEs that differ in ``k`` share forwards and batches; they
-are compared with four runs of the peer.
+An untrained HookedTransformer, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of width 512, TopK SAEs
+of 4096 features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and batches, and are compared
+with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024 features.
 """
 
 from __future__ import annotations
@@ -13,31 +13,59 @@ import argparse
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 import figures
 from common import BATCH, CONTEXT, PEER, Times, language_model, random_contexts, settings
 from peers import version
 
 import saekit
 
-HOOK, D_IN, D_SAE, K = "blocks.2.hook_resid_post", 512, 4096, 32
+K = 32
 PROMPTS, BUFFER = 16, 16  # contexts of a forward, and forwards in the buffer
 
 
-def own_config(tokens: int, folder: str) -> dict[str, Any]:
-    config = settings(HOOK, {"store_batch_size_prompts": PROMPTS, "n_batches_in_buffer": BUFFER})
-    config["sae"] = {"name": "topk", "d_sae": D_SAE, "k": K}
+@attrs.frozen
+class Shape:
+    """A model, and the SAE that is trained in it."""
+
+    layers: int
+    d_model: int
+    n_heads: int
+    hook: str
+    d_sae: int
+    sae: Mapping[str, Any]
+    """Its options, of both libraries."""
+    four: bool
+    """Whether four are trained at once, too."""
+
+    @property
+    def title(self) -> str:
+        return f"{self.sae['name']} {self.d_model} → {self.d_sae:,}"
+
+
+SHAPES = {
+    "topk-512": Shape(4, 512, 8, "blocks.2.hook_resid_post", 4096, {"name": "topk", "k": K}, True),
+    "standard-128": Shape(
+        2, 128, 4, "blocks.1.hook_resid_post", 1024, {"name": "standard", "l1_coefficient": 1.0}, False
+    ),
+}
+
+
+def own_config(shape: Shape, tokens: int, folder: str) -> dict[str, Any]:
+    config = settings(shape.hook, {"store_batch_size_prompts": PROMPTS, "n_batches_in_buffer": BUFFER})
+    config["sae"] = {**shape.sae, "d_sae": shape.d_sae}
     config["training"] |= {"training_tokens": tokens, "verbose": False}
     config["checkpoints"] = {"folder": folder, "keep_last": 0}
     return config
 
 
-def own(model: Any, dataset: Any, tokens: int, saes: int = 1) -> Callable[[], int]:
+def own(shape: Shape, model: Any, dataset: Any, tokens: int, saes: int = 1) -> Callable[[], int]:
     def run() -> int:
         folder = tempfile.mkdtemp(prefix="saekit-bench-")
-        config = own_config(tokens, folder)
+        config = own_config(shape, tokens, folder)
         if saes == 1:
             saekit.train(config, model=model, dataset=dataset)
         else:
@@ -49,21 +77,23 @@ def own(model: Any, dataset: Any, tokens: int, saes: int = 1) -> Callable[[], in
     return run
 
 
-def peer(model: Any, dataset: Any, tokens: int) -> Callable[[], int]:
+def peer(shape: Shape, model: Any, dataset: Any, tokens: int) -> Callable[[], int]:
     from sae_lens import (
         LanguageModelSAERunnerConfig,
         LanguageModelSAETrainingRunner,
         LoggingConfig,
+        StandardTrainingSAEConfig,
         TopKTrainingSAEConfig,
     )
 
-    size: dict[str, Any] = {"d_in": D_IN, "d_sae": D_SAE, "device": "cpu", "dtype": "float32"}
+    size: dict[str, Any] = {"d_in": shape.d_model, "d_sae": shape.d_sae, "device": "cpu", "dtype": "float32"}
+    kinds: dict[str, Any] = {"topk": TopKTrainingSAEConfig, "standard": StandardTrainingSAEConfig}
 
     def run() -> int:
         folder = tempfile.mkdtemp(prefix="saekit-bench-")
-        sae = TopKTrainingSAEConfig(**size, k=K)
+        sae = kinds[shape.sae["name"]](**size, **{name: value for name, value in shape.sae.items() if name != "name"})
         config: Any = LanguageModelSAERunnerConfig(
-            sae=sae, model_name="in-memory", dataset_path="in-memory", hook_name=HOOK, context_size=CONTEXT,
+            sae=sae, model_name="in-memory", dataset_path="in-memory", hook_name=shape.hook, context_size=CONTEXT,
             is_dataset_tokenized=True, streaming=False, prepend_bos=False, training_tokens=tokens, device="cpu",
             train_batch_size_tokens=BATCH, store_batch_size_prompts=PROMPTS, n_batches_in_buffer=PROMPTS * BUFFER,
             checkpoint_path=folder, output_path=folder, logger=LoggingConfig(log_to_wandb=False), n_checkpoints=0,
@@ -77,32 +107,40 @@ def peer(model: Any, dataset: Any, tokens: int) -> Callable[[], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=1 << 18)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    if not PEER:
+        figures.missing("sae-lens")
+    for name in asked.shape:
+        measure(SHAPES[name], asked.tokens, asked.rounds)
+
+
+def measure(shape: Shape, tokens: int, rounds: int) -> None:
+    """Print the figures of one shape."""
     from datasets import Dataset
 
-    model, records = language_model(), random_contexts(4096)
-    dataset = Dataset.from_list(records)
-    cases = {
-        "saekit": own(model, records, asked.tokens),
-        "saekit, four SAEs": own(model, records, asked.tokens, saes=4),
-    }
+    model, records = language_model(shape.layers, shape.d_model, shape.n_heads), random_contexts(4096)
+    cases = {"saekit": own(shape, model, records, tokens)}
+    four = "saekit, four SAEs"
+    if shape.four:
+        cases[four] = own(shape, model, records, tokens, saes=4)
     name = f"sae-lens {version('sae-lens')}"
     if PEER:
-        cases[name] = peer(model, dataset, asked.tokens)
-    else:
-        figures.missing("sae-lens")
-    times = Times(cases, asked.rounds)
-    title = f"TopK {D_IN} → {D_SAE:,}, {asked.tokens:,} tokens, from configuration to saved SAE"
+        cases[name] = peer(shape, model, Dataset.from_list(records), tokens)
+    times = Times(cases, rounds)
+    title = f"{shape.title}, {tokens:,} tokens, from configuration to saved SAE"
+    print(title)
     times.table("saekit", title)
-    if PEER:
-        four = {f"four runs of {name} / it": 4 * times.ratio(name, "saekit, four SAEs")}
-        figures.row(title, "saekit", {f"{name} / it": times.ratio(name, "saekit")})
-        figures.row(title, "saekit, four SAEs", four)
-        print(f"  {name} / saekit = {times.ratio(name, 'saekit'):.2f}")
-        print(f"  4 x {name} / saekit, four SAEs = {4 * times.ratio(name, 'saekit, four SAEs'):.2f}")
+    if not PEER:
+        return
+    figures.row(title, "saekit", {f"{name} / it": times.ratio(name, "saekit")})
+    print(f"  {name} / saekit = {times.ratio(name, 'saekit'):.2f}")
+    if shape.four:
+        figures.row(title, four, {f"four runs of {name} / it": 4 * times.ratio(name, four)})
+        print(f"  4 x {name} / {four} = {4 * times.ratio(name, four):.2f}")
 
 
 if __name__ == "__main__":

@@ -6,16 +6,18 @@ A row is written where ``SAEKIT_BENCH_FIGURES`` names a folder, as a line of JSO
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["FOLDER", "Figure", "missing", "row", "spread"]
+__all__ = ["ENDS", "FOLDER", "Figure", "cut", "late", "missing", "row", "spread"]
 
-FOLDER = "SAEKIT_BENCH_FIGURES"
+FOLDER, ENDS = "SAEKIT_BENCH_FIGURES", "SAEKIT_BENCH_ENDS"
 Figure: TypeAlias = "float | str | list[float]"
 """A number, words, or the median, the least and the largest of several numbers."""
 
@@ -30,6 +32,17 @@ def missing(*what: str) -> None:
     for name in what:
         print(f"not installed, left out: {name}", flush=True)
         _write({"missing": name})
+
+
+def late() -> bool:
+    """Whether no further round should begin, since the time that `SAEKIT_BENCH_ENDS` names (of the epoch) is over."""
+    return time.time() > float(os.environ.get(ENDS) or math.inf)
+
+
+def cut(what: str) -> None:
+    """Say, and note, what was left out for want of time."""
+    print(f"for want of time: {what}", flush=True)
+    _write({"cut": what})
 
 
 def spread(values: Iterable[float]) -> list[float]:

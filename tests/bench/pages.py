@@ -88,7 +88,7 @@ def columns(tables: Sequence[Mapping[str, Any]]) -> str:
                 ratios = [name for name in row["figures"] if name.endswith(_RATIO)]
                 if ratios and row["case"].startswith("saekit"):
                     key = (bench, row["table"], row["case"])
-                    cells.setdefault(key, {})[str(number)] = _beside(row["figures"], ratios[0])
+                    cells.setdefault(key, {})[str(number)] = _beside(row["figures"], ratios)
     heads = [f"[{_cell(table['machine']['name'])}](figures/{slug(table['machine']['name'])}.md)" for table in tables]
     lines = [_line("", *heads), _line("---", *["---"] * len(heads))]
     for (bench, table_name, case), own in cells.items():
@@ -97,11 +97,13 @@ def columns(tables: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _beside(figures: Mapping[str, Any], ratio: str) -> str:
+def _beside(figures: Mapping[str, Any], ratios: Sequence[str]) -> str:
+    """The first ratio, with what was measured, and the others with whom they are beside."""
     time = figures.get("µs per token")
     more = [] if time is None else [f"{_number(time[0] if isinstance(time, list) else time)} µs"]
     more += [f"{_number(figures['× mm1'])} mm1"] if "× mm1" in figures else []
-    return f"**{_number(figures[ratio])}**" + (f" ({', '.join(more)})" if more else "")
+    more += [f"{_number(figures[ratio])} beside {_cell(ratio.removesuffix(_RATIO))}" for ratio in ratios[1:]]
+    return f"**{_number(figures[ratios[0]])}**" + (f" ({', '.join(more)})" if more else "")
 
 
 def page_of(measured: Measured) -> str:
@@ -114,6 +116,8 @@ def page_of(measured: Measured) -> str:
         lines += [f"{', '.join(f'`{one}`' for one in found['command'])}; saekit {found['saekit']}.", ""]
         if found.get("wrong"):
             lines += [f"Not whole: {_cell(found['wrong'])}.", ""]
+        if found.get("cut"):
+            lines += [f"For want of time: {_cell('; '.join(found['cut']))}.", ""]
         by_table: dict[str, list[Mapping[str, Any]]] = {}
         for row in found["rows"]:
             by_table.setdefault(row["table"], []).append(row)

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,18 +47,21 @@ def missing() -> list[str]:
     return [name for name in _NEEDED if version(name) is None] + ([] if _SAE_LENS_3 else ["sae-lens 3.0.0"])
 
 
-def peer_steps(kind: str, weights: Weights, x: Tensor) -> dict[str, Step]:
-    """For a ``kind`` of :data:`step.CONFIGS`: steps on ``x [n, d_in]`` by the name of what makes them."""
-    steps: dict[str, Step] = {}
+def peer_steps(kind: str, weights: Weights, x: Tensor, leave_out: Sequence[str] = ()) -> dict[str, Step]:
+    """For a ``kind`` of :data:`step.CONFIGS`: steps on ``x [n, d_in]`` by the name of what makes them.
+
+    Those with one of the words ``leave_out`` in their name are not made.
+    """
+    there: dict[str, Callable[[], Step]] = {}
     if version("sae-lens"):
-        steps[f"sae-lens {version('sae-lens')} {kind}"] = _sae_lens(kind, weights, x)
+        there[f"sae-lens {version('sae-lens')} {kind}"] = lambda: _sae_lens(kind, weights, x)
     if kind == "standard" and _SAE_LENS_3:
-        steps["sae-lens 3.0.0 standard"] = _sae_lens_3(weights, x)
+        there["sae-lens 3.0.0 standard"] = lambda: _sae_lens_3(weights, x)
     if kind == "topk" and version("eai-sparsify"):
-        steps[f"sparsify {version('eai-sparsify')} topk"] = _sparsify(weights, x)
+        there[f"sparsify {version('eai-sparsify')} topk"] = lambda: _sparsify(weights, x)
     if kind == "topk" and version("dictionary-learning"):
-        steps[f"dictionary_learning {version('dictionary-learning')} topk"] = _dictionary_learning(weights, x)
-    return steps
+        there[f"dictionary_learning {version('dictionary-learning')} topk"] = lambda: _dictionary_learning(weights, x)
+    return {name: make() for name, make in there.items() if not any(word in name for word in leave_out)}
 
 
 def _sae_lens(kind: str, weights: Weights, x: Tensor) -> Step:
@@ -171,13 +174,18 @@ def _dictionary_learning(weights: Weights, x: Tensor) -> Step:
 
 
 def peer_inference(kind: str, weights: Weights, x: Tensor) -> dict[str, Step]:
-    """Encoding and decoding ``x`` without gradients."""
+    """Encoding and decoding ``x``, and encoding alone, without gradients."""
     if not version("sae-lens"):
         return {}
     sae = _sae_lens_sae(kind, weights)
 
     @torch.no_grad()
-    def run() -> None:
+    def both() -> None:
         sae.decode(sae.encode(x))
 
-    return {f"sae-lens {version('sae-lens')} {kind}": run}
+    @torch.no_grad()
+    def encode() -> None:
+        sae.encode(x)
+
+    own = f"sae-lens {version('sae-lens')} {kind}"
+    return {f"{own} encode, decode": both, f"{own} encode": encode}

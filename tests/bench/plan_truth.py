@@ -1,6 +1,6 @@
 """What `saekit plan` says that a run takes, in seconds and in memory, beside what the run takes (Linux, on the CPU).
 
-    python tests/bench/plan_truth.py [--only NAME ...] [--trace]
+    python tests/bench/plan_truth.py [--only NAME ...] [--quick] [--trace]
 
 Of three shapes: that of GPT-2 small with TopK 768 -> 24576 (untrained), four layers of 512 with TopK 4096 (untrained),
 and the embedded model with a standard SAE of 1024 features.  Plan and run are commands, each in its own process: times
@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from figures import row
+from figures import cut, late, row
 
 SHAPES: dict[str, tuple[dict[str, int] | None, list[str]]] = {
     "gpt2": (
@@ -34,6 +34,7 @@ SHAPES: dict[str, tuple[dict[str, int] | None, list[str]]] = {
     ),
     "embedded": (None, ['sae={name="standard", d_sae=1024, l1_coefficient=1.0}', "training.training_tokens=200_000"]),
 }  # fmt: skip
+QUICK = {"gpt2": 24_576, "512": 65_536, "embedded": 120_000}  # tokens
 COMMON = ["training.train_batch_size_tokens=4096", "training.lr_warm_up_steps=0", "training.lr_decay_steps=0"]
 _CLOCK = """
 import importlib.abc, importlib.util, sys, time
@@ -108,6 +109,7 @@ def follow(process: int, begun: float) -> None:
 def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
     shape, overrides = SHAPES[name]
     overrides = [*COMMON, *overrides, f"checkpoints.folder={folder / 'runs'}"]
+    overrides += [f"training.training_tokens={QUICK[name]}"] * options.quick
     if shape is not None:
         if not (folder / name).exists():
             command([__file__, "--make", str(folder / name), json.dumps(shape)])
@@ -142,6 +144,7 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--quick", action="store_true", help="of about half as many tokens")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--folder", type=Path, help="where models and runs are kept; a temporary one by default")
     parser.add_argument("--make", nargs=2, help=argparse.SUPPRESS)
@@ -152,8 +155,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (options.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        for name in options.only:
-            measure(name, folder, options)
+        for name in reversed(options.only):  # the smallest first
+            if late():
+                cut(f"the shape {name}")
+            else:
+                measure(name, folder, options)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
 """All benches one after another, as `make bench` runs them, and their figures as tables in the documentation.
 
-    python tests/bench/run_all.py [--peers PYTHON] [--only step live ...] [--machine NAME] [--docs FOLDER]
+    python tests/bench/run_all.py [--peers PYTHON] [--only step live ...] [--machine NAME] [--minutes 25] [--docs ...]
 
-``--peers`` is a Python with other libraries beside saekit.  What fails, or has nothing to be compared with, is named at
+``--peers`` is a Python with other libraries beside saekit.  Where there is too little time, benches make fewer rounds
+than they should, and at last are ended; the page says so.  What fails, or has nothing to be compared with, is named at
 the end, the rest is measured all the same, and the exit code is 1.  Two machines that are called the same share a page.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
+import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,67 +25,124 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from figures import FOLDER
+from figures import ENDS, FOLDER
 from pages import Measured, write_pages
 
 HERE = Path(__file__).parent
 DOCS = HERE.parents[1] / "docs"
-_PATIENCE = 5  # times as long as it takes on two cores with AVX2, and a quarter of an hour
+_SOFT = 0.8  # of its time, after which a bench begins no further rounds
+
+
+@attrs.frozen
+class Part:
+    """A run of a script with these arguments, and about how many seconds it takes on two cores with AVX2."""
+
+    arguments: str
+    seconds: int
 
 
 @attrs.frozen
 class Bench:
-    """A script, the arguments of each of its runs, and about how many seconds all of them take on two cores."""
+    """A script and its runs."""
 
     name: str
-    seconds: int
-    runs: tuple[str, ...] = ("",)
+    parts: tuple[Part, ...]
     peers: bool = True
     """Whether it runs beside other libraries, where they are."""
 
+    @property
+    def seconds(self) -> int:
+        return sum(part.seconds for part in self.parts)
 
+
+_LARGE = '--size large --leave-out reference int8 "sae-lens 3.0.0" dictionary_learning'
 BENCHES = (
-    Bench("startup", 30, ("--runs 3",)),
-    Bench("gaps", 60, ("demo training.training_tokens=300_000 training.lr_decay_steps=30",)),
-    Bench("shuffle", 10),
-    Bench("backends", 50, ("--contexts 128 --rounds 3",)),
-    Bench("tokenizing", 40, ("--processes 1 --model 0 10 --rounds 1",)),
-    Bench("live", 60, ("--rounds 4 --peer-buffer 24",)),
-    Bench("cached", 60, ("--contexts 1024",)),
-    Bench("memory", 60, ("--only peak evals",)),
-    Bench("load", 40, ("--gigabytes 0.5 --rounds 3 --only saekit",)),
-    Bench("checkpoint", 60, ("--rounds 3",)),
-    Bench("step", 420, ("--size small --rounds 3", "--size large --only standard topk inference --rounds 1")),
-    Bench("splice", 50, ("--rounds 2 --forwards 2",)),
-    Bench("evals", 90, ("--contexts 16 --rounds 2",)),
-    Bench("end_to_end", 150, ("--tokens 98304 --rounds 1",)),
-    Bench("growth", 70, ("--widths 4096 16384 65536 --batches --rounds 1",)),
-    Bench("dead_features", 40, ("--seeds 1 --batches 150 --only topk",)),
-    Bench("toy_models", 30, ("--seeds 1",)),
-    Bench("features", 30, ("--tokens 100_000",), peers=False),
-    Bench("tsea", 60, ("--parts booleans ours many",), peers=False),
-    Bench("dashboard_server", 60, peers=False),
-    Bench("processes", 60, ("--rounds 2",), peers=False),
-    Bench("plan_truth", 240, peers=False),
-    Bench("jitter", 150, peers=False),
+    Bench(
+        "step",
+        (
+            Part("--size small --only standard topk inference --rounds 5", 95),
+            Part('--size small --only dense gated matryoshka --rounds 2 --leave-out "sae-lens 3.0.0"', 45),
+            Part(f"{_LARGE} --only standard topk --rounds 2", 105),
+            Part(f"{_LARGE} --only inference --rounds 3", 45),
+        ),
+    ),
+    Bench(
+        "end_to_end",
+        (
+            Part("--shape topk-512 --tokens 81920 --rounds 1", 140),
+            Part("--shape standard-128 --tokens 131072 --rounds 2", 45),
+        ),
+    ),
+    Bench("checkpoint", (Part("--rounds 3", 60),)),
+    Bench("plan_truth", (Part("--quick", 220),), peers=False),
+    Bench("jitter", (Part("--only cached", 95), Part("--only live --steps 500", 40)), peers=False),
+    Bench("processes", (Part("--rounds 2 --only topk", 60),), peers=False),
+    Bench("startup", (Part("--runs 4 --few", 30),)),
+    Bench("gaps", (Part("demo training.training_tokens=100_000 training.lr_decay_steps=10", 40),)),
+    Bench("evals", (Part("--contexts 16 --rounds 1", 60),)),
+    Bench("live", (Part("--only forward peer --rounds 4 --peer-buffer 24", 40),)),
+    Bench("cached", (Part("--contexts 512", 35),)),
+    Bench("memory", (Part("--only peak", 20),)),
+    Bench("load", (Part("--gigabytes 0.5 --rounds 3 --only saekit", 35),)),
+    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 2", 30),)),
+    Bench("splice", (Part("--only HookedTransformer --rounds 2 --forwards 2", 25),)),
+    Bench("growth", (Part("--widths 4096 32768 --batches --rounds 1", 35),)),
+    Bench("tokenizing", (Part("--processes 1 --model 0 --contexts 1024 --rounds 1", 15),)),
+    Bench("shuffle", (Part("", 10),)),
+    Bench("features", (Part("--tokens 50_000", 25),), peers=False),
 )
+"""What says how well features are found, and not how fast, is not among them, nor what needs a browser."""
 
 
-def run(bench: Bench, python: str, folder: Path) -> str | None:
+class Budget:
+    """All the time there is: each part has what it takes on two cores, and whatever those before it have left over.
+
+    Where even that is not there, each has its share of what is.
+    """
+
+    def __init__(self, seconds: float, benches: Sequence[Bench]) -> None:
+        self._ends, self._foreseen = time.perf_counter() + seconds, sum(bench.seconds for bench in benches)
+
+    def taken_by(self, part: Part) -> float:
+        """Seconds after which ``part``, which begins now, is ended."""
+        left = max(self._ends - time.perf_counter(), 0.0)
+        over = left - self._foreseen
+        limit = part.seconds + over if over > 0 else part.seconds * left / self._foreseen
+        self._foreseen -= part.seconds
+        return limit
+
+
+def run(bench: Bench, python: str, folder: Path, budget: Budget) -> str | None:
     """Run it; what went wrong, in words, or None."""
-    environment = os.environ | {FOLDER: str(folder), "PYTHONUNBUFFERED": "1"}
-    for arguments in bench.runs:
-        command = [python, "-W", "ignore", str(HERE / f"{bench.name}.py"), *arguments.split()]
-        limit = _PATIENCE * bench.seconds + 900
-        try:
-            code = subprocess.run(command, env=environment, check=False, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            return f"did not end in {limit} seconds"
-        except OSError as error:
-            return f"could not be started: {error}"
-        if code:
-            return f"ended with exit code {code}"
-    return None
+    told = []
+    for part in bench.parts:
+        limit = budget.taken_by(part)
+        if problem := _run(bench.name, part, python, folder, limit):
+            told.append(f"{part.arguments} {problem}".strip() if len(bench.parts) > 1 else problem)
+    return "; ".join(told) or None
+
+
+def _run(name: str, part: Part, python: str, folder: Path, limit: float) -> str | None:
+    scratch = folder / "scratch"  # where one that is ended may leave something
+    scratch.mkdir(exist_ok=True)
+    environment = os.environ | {
+        FOLDER: str(folder), ENDS: str(time.time() + _SOFT * limit), "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1",
+    }  # fmt: skip
+    command = [python, "-W", "ignore", str(HERE / f"{name}.py"), *shlex.split(part.arguments)]
+    try:
+        process = subprocess.Popen(command, env=environment, start_new_session=True)
+    except OSError as error:
+        return f"could not be started: {error}"
+    try:
+        code = process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return f"was ended after {limit:.0f} s, which is its part of the time"
+    finally:  # with all that it has started
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        shutil.rmtree(scratch, ignore_errors=True)
+    return f"ended with exit code {code}" if code else None
 
 
 def rows_in(folder: Path, name: str) -> Iterator[dict[str, Any]]:
@@ -99,18 +161,20 @@ def described(name: str) -> str:
 def this_machine(name: str | None) -> Mapping[str, Any]:
     from saekit.runs.machine import this_machine as looked_at
 
-    found = looked_at().to_dict()
-    return {**found, "name": name or found["name"]}
+    machine = looked_at()
+    held = "" if machine.held_to is None else f", held to {machine.held_to}"
+    return {**machine.to_dict(), "name": f"{name}{held}" if name else machine.name}
 
 
-def all_of(benches: Sequence[Bench], peers: str, measured: Measured) -> dict[str, str]:
-    """Run them, and add what they find to ``measured``; what was wrong with which."""
+def all_of(benches: Sequence[Bench], peers: str, measured: Measured, seconds: float) -> dict[str, str]:
+    """Run them in ``seconds``, and add what they find to ``measured``; what was wrong with which."""
+    budget = Budget(seconds, benches)
     wrong: dict[str, str] = {}
     with tempfile.TemporaryDirectory(prefix="saekit-figures-") as place:
         for number, bench in enumerate(benches, 1):
             print(f"== {bench.name} ({number} of {len(benches)}, about {bench.seconds} s)", flush=True)
             began = time.perf_counter()
-            problem = run(bench, peers if bench.peers else sys.executable, Path(place))
+            problem = run(bench, peers if bench.peers else sys.executable, Path(place), budget)
             found = [*rows_in(Path(place), bench.name)]
             lacking = list(dict.fromkeys(row["missing"] for row in found if "missing" in row))
             told = ([problem] if problem else []) + [f"not installed: {', '.join(lacking)}"] * bool(lacking)
@@ -119,8 +183,9 @@ def all_of(benches: Sequence[Bench], peers: str, measured: Measured) -> dict[str
             measured.add(
                 bench.name,
                 about=described(bench.name),
-                command=[f"python tests/bench/{bench.name}.py {one}".strip() for one in bench.runs],
-                rows=[row for row in found if "missing" not in row],
+                command=[f"python tests/bench/{bench.name}.py {part.arguments}".strip() for part in bench.parts],
+                rows=[row for row in found if "table" in row],
+                cut=[row["cut"] for row in found if "cut" in row],
                 seconds=round(time.perf_counter() - began),
                 wrong=wrong.get(bench.name),
             )
@@ -133,15 +198,20 @@ def main() -> None:
     parser.add_argument("--peers", default="", help="a Python with other libraries; without it they are left out")
     parser.add_argument("--only", nargs="+", choices=names, default=names)
     parser.add_argument("--machine", help="what to call this machine; by default what it says of itself")
+    parser.add_argument("--minutes", type=float, default=25.0, help="that all of it may take at most")
     parser.add_argument("--docs", type=Path, default=DOCS, help="where performance.md and figures/ are")
     asked = parser.parse_args()
     benches = [bench for bench in BENCHES if bench.name in asked.only]
     machine = this_machine(asked.machine)
     minutes = sum(bench.seconds for bench in benches) / 60
-    print(f"{machine['name']}: {len(benches)} benches, about {minutes:.0f} minutes on two cores with AVX2", flush=True)
+    print(
+        f"{machine['name']}: {len(benches)} benches, about {minutes:.0f} minutes on two cores with AVX2, "
+        f"{asked.minutes:g} at most",
+        flush=True,
+    )
     measured, began, wrong = Measured.of(asked.docs, machine), time.perf_counter(), {}
     try:
-        wrong = all_of(benches, asked.peers or sys.executable, measured)
+        wrong = all_of(benches, asked.peers or sys.executable, measured, 60 * asked.minutes)
     finally:  # what was measured until it was stopped, too
         for page in write_pages(asked.docs, measured):
             print(f"written: {page}")

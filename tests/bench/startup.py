@@ -17,13 +17,14 @@ import tempfile
 import time
 from pathlib import Path
 
-from figures import row, spread
+from figures import cut, late, row, spread
 
 IMPORTS = {
     "python -c pass": ["-c", "pass"],
     "import saekit": ["-c", "import saekit"],
     "import torch": ["-c", "import torch"],
 }
+FEW = [["--help"], ["train", "bad.toml"], ["train", "model.name=./nowhere"], ["plan", "dataset.path=./nowhere"]]
 COMMANDS = [
     ["--help"],
     ["plugins"],
@@ -50,17 +51,24 @@ COMMANDS = [
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=11)
-    runs = parser.parse_args().runs
+    parser.add_argument("--few", action="store_true", help="a command of each kind")
+    asked = parser.parse_args()
+    runs = asked.runs
     script = Path(sys.executable).with_name("saekit")
     console = [str(script)] if script.exists() else [sys.executable, "-m", "saekit.cli"]
     commands = {name: [sys.executable, *arguments] for name, arguments in IMPORTS.items()}
-    commands |= {f"saekit {' '.join(arguments)}": [*console, *arguments] for arguments in COMMANDS}
+    commands |= {
+        f"saekit {' '.join(arguments)}": [*console, *arguments] for arguments in (FEW if asked.few else COMMANDS)
+    }
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "bad.toml").write_text('[training]\nlr = "fast"\n')
         Path(folder, "run.toml").write_text("")
         Path(folder, "runs/taken").mkdir(parents=True)
-        for _ in range(runs + 1):  # the first round fills the caches and is not counted
+        for number in range(runs + 1):  # the first round fills the caches and is not counted
+            if number > 1 and late():
+                cut(f"{number - 1} of {runs} rounds")
+                break
             for name, command in commands.items():
                 times[name].append(_timed(command, folder))
     width = max(map(len, times))

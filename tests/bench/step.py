@@ -1,7 +1,7 @@
 """The SAE's training step, and inference, beside those of other libraries and beside one product with the encoder.
 
     python tests/bench/step.py [--size small large] [--rounds 5]
-        [--only standard dense topk batchtopk gated matryoshka inference]
+        [--only standard dense topk batchtopk gated matryoshka inference] [--leave-out reference "sae-lens 3.0.0"]
 
 Every SAE has the same weights and batch, and learns so little that what is active stays active.  Prints figures; it
 judges nothing.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import functools
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import figures
@@ -133,20 +133,40 @@ def own_inference(kind: str, weights: Mapping[str, Tensor], x: Tensor) -> dict[s
         def forward(sae: Any = sae) -> None:
             sae(x)
 
+        @torch.no_grad()
+        def sparse(sae: Any = sae) -> None:
+            sae.encode_sparse(x)
+
         steps[f"saekit {kind} encode, decode{screen}"] = with_screen(bool(screen), both)
+        steps[f"saekit {kind} encode_sparse{screen}"] = with_screen(bool(screen), sparse)
         steps[f"saekit {kind} forward{screen}"] = with_screen(bool(screen), forward)
     return steps
 
 
-def compared(title: str, steps: Mapping[str, Step], mm1: Step, base: str | None, rounds: int) -> None:
+def compared(title: str, steps: Mapping[str, Step], mm1: Step, rounds: int) -> None:
+    """Print the times of ``steps``, and how many times as long as saekit's others take that do the same."""
     print(title, flush=True)
     for work in steps.values():  # buffers are made, and Adam's moments
         work()
     times = Times({"mm1": case(mm1), **{name: case(work) for name, work in steps.items()}}, rounds)
-    times.table("mm1", title, base)
-    for name in steps if base else ():
+    times.table("mm1", title)
+    for name in steps:
         if name.startswith("saekit") and "reference" not in name:
-            print(f"  {base} / {name} = {times.ratio(str(base), name):.2f}", flush=True)
+            ratios = {f"{peer} / it": times.ratio(peer, name) for peer in beside(name, [*steps])}
+            figures.row(title, name, {**ratios})
+            for what, ratio in ratios.items():
+                print(f"  {what.removesuffix('it')}{name} = {ratio:.2f}", flush=True)
+
+
+def beside(name: str, steps: Sequence[str]) -> list[str]:
+    """What others do that ``name`` does, by saekit, of all ``steps``; sae-lens's newest first.
+
+    Sparse encoding has the peer's encoding beside it, and a forward has encoding and decoding.
+    """
+    sparse = "encode_sparse" in name
+    peers = [one for one in steps if not one.startswith("saekit") and one.endswith(" encode") == sparse]
+    first = f"sae-lens {version('sae-lens')}"
+    return sorted(peers, key=lambda one: not one.startswith(first))
 
 
 def main() -> None:
@@ -155,10 +175,12 @@ def main() -> None:
     names = ["standard", "dense", "topk", "batchtopk", "gated", "matryoshka", "inference"]
     parser.add_argument("--only", nargs="+", default=names, choices=names)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--leave-out", nargs="+", default=[], metavar="WORDS", help="cases with one of these in the name"
+    )
     asked: Any = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.processor() or platform.machine()}")
-    figures.missing(*missing())
-    own = f"sae-lens {version('sae-lens')}"
+    figures.missing(*(name for name in missing() if not any(word in name for word in asked.leave_out)))
     for size in asked.size:
         d_in, d_sae = SIZES[size]
         x = torch.randn(BATCH, d_in, generator=torch.Generator().manual_seed(0))
@@ -168,16 +190,14 @@ def main() -> None:
             mm1 = product(weights, x)
             title = f"{d_in:,} → {d_sae:,}, {name}"
             if name == "inference":
-                peers, steps = peer_inference(kind, weights, x), own_inference(kind, weights, x)
+                steps = {**peer_inference(kind, weights, x), **own_inference(kind, weights, x)}
             else:
-                peers, steps = peer_steps(kind, weights, x), own_steps(kind, weights, x, dense=name == "dense")
-            compared(
-                title,
-                {**peers, **steps},
-                mm1,
-                next((peer for peer in peers if peer.startswith(own)), None),
-                asked.rounds,
-            )
+                steps = {
+                    **peer_steps(kind, weights, x, asked.leave_out),
+                    **own_steps(kind, weights, x, name == "dense"),
+                }
+            wanted = {name: step for name, step in steps.items() if not any(word in name for word in asked.leave_out)}
+            compared(title, wanted, mm1, asked.rounds)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from saekit import ConfigError
 from saekit.commands.bench import bench, show_machine, size_of
 from saekit.errors import UnknownKeyError
 from saekit.runs import machine as machines
-from saekit.runs import timing
-from saekit.runs.benching import Bench, Found
+from saekit.runs import steady, timing
+from saekit.runs.benching import Bench, Found, _rows
 from saekit.runs.machine import this_machine
+from saekit.runs.steady import Spread, seconds_in_turn
 from saekit.testing import isolated_manager
 from saekit.training import SAETrainer
 
@@ -51,7 +53,9 @@ def test_each_architecture_is_timed_in_each_size(found: Found) -> None:
         assert all(0 < seconds < 10 for seconds in times)
         assert list(one.uses) == ["sae(x)", "decode(encode(x))", "encode_sparse(x)"]
         assert one.microseconds(one.step) == pytest.approx(one.step * 1e6 / one.rows)
-        assert one.flops == pytest.approx(2 * one.rows * one.d_in * one.d_sae / one.product)
+        assert one.flops_in(0.5) == 4 * one.rows * one.d_in * one.d_sae
+        assert [*one.calls] == ["product", "step", *one.uses, *["plain"] * (one.why_plain is None)]
+        assert one.step == one.calls["step"].low <= one.calls["step"].median
 
 
 def test_as_many_features_are_active_as_late_in_training(found: Found) -> None:
@@ -127,6 +131,8 @@ def test_a_table_for_people(found: Found) -> None:
     assert [line.split()[0] for line in lines[4:7]] == ["standard", "topk", "batchtopk"]
     one = found.timed[0]
     assert f"({one.step / one.product:.2f})" in lines[4]
+    product = statistics.median(each.product for each in found.timed[:3]) / 256 * 1e6
+    assert float(lines[2].rpartition(": ")[2].split(" µs")[0]) == pytest.approx(product, rel=0.01)
     busy = shown(found, busy=0.5 * found.machine.cores).splitlines()
     assert busy[1].startswith("other programs were at work when it began (load ")
     assert [busy[0], *busy[2:]] == lines
@@ -181,10 +187,12 @@ def test_a_mistake_of_a_stranger_is_not_passed_over() -> None:
 
 def test_the_command_gives_json() -> None:
     words = ["bench", "--size", "16x128", "--architecture", "topk", "--seconds", "0.2", "--device", "cpu"]
-    table = json.loads(cli(*words, "--json").stdout)
+    table = json.loads(cli(*words, "--rows", "300", "--json").stdout)
     assert table["machine"]["cpu"] == this_machine().cpu
     (row,) = table["rows"]
     assert (row["architecture"], row["d_in"], row["d_sae"], row["l0"]) == ("saekit:topk", 16, 128, 32)
+    assert row["rows"] == 300
+    assert set(row["calls"]["step"]) == {"low", "median", "high", "calls"}
 
 
 @pytest.mark.parametrize(
@@ -193,6 +201,7 @@ def test_the_command_gives_json() -> None:
         ({"device": "nowhere"}, r"device: 'nowhere' cannot be used"),
         ({"seconds": 0.0}, r"seconds: must be above 0; found 0$"),
         ({"seconds": math.nan}, r"seconds: must be above 0; found nan$"),
+        ({"rows": 0}, r"rows: "),
         ({"sizes": ((8, 0),)}, r"size: must be pairs of a width and a number of features, 1 or more; found"),
         ({"architectures": ("temporal",)}, r"architecture: saekit:temporal is for inference alone and has no steps"),
         ({"sizes": ((10**5, 10**6),)}, r"size: 100000x1000000 needs 3.21 TB, and .* are free on cpu; choose a smaller"),
@@ -236,17 +245,92 @@ def test_the_least_of_the_calls_after_the_first(monkeypatch: pytest.MonkeyPatch)
         timing.least_seconds(taking(1, 1), "cpu", most=3, budget=3)
 
 
-def test_small_batches_where_there_is_little_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from saekit.runs import benching
+def test_small_batches_where_there_is_little_time() -> None:
+    """Those of what takes the most time, as long as that is so."""
 
-    monkeypatch.setattr(benching, "_a_row", lambda *given: 1e-3)
-    asked = Bench(architectures=("topk",), sizes=((8, 64),), device="cpu", seconds=60.0)
-    (one,) = bench(asked, verbose=False).timed
-    assert one.rows == 1024  # 25 products of 1.024 s are less than 0.8 of a minute, of 2.048 s more
+    def rows(**given: Any) -> list[int]:
+        needed = {(512, 4096): 1e-3, (768, 24576): 9e-3}
+        return [*_rows(Bench(**given), needed, "cpu").values()]
+
+    assert rows(seconds=60) == [4096, 4096]
+    assert rows(seconds=45) == [4096, 2048]
+    assert rows(seconds=1) == [256, 256]
+    assert rows(seconds=60, rows=1000) == [1000, 1000]
+
+
+def a_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[], None]]:
+    """What makes calls that take as many seconds as it is told, and at last always the same."""
+    now = 0.0
+
+    def taking(*seconds: float) -> Callable[[], None]:
+        rest = list(seconds)
+
+        def work() -> None:
+            nonlocal now
+            now += rest.pop(0) if len(rest) > 1 else rest[0]
+
+        return work
+
+    monkeypatch.setattr(steady.time, "perf_counter", lambda: now)
+    return taking
+
+
+def test_calls_in_turn_end_in_time_and_short_ones_are_made_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    taking = a_clock(monkeypatch)
+    found = seconds_in_turn({"long": taking(8), "short": taking(5, 1), "tiny": taking(0.001)}, "cpu", 30)
+    assert steady.time.perf_counter() == pytest.approx(30, abs=0.1)
+    assert {name: round(spread.median, 9) for name, spread in found.items()} == {"long": 8, "short": 1, "tiny": 0.001}
+    assert (found["long"].calls, found["short"].calls) == (1, 6)  # of 8 and of 5 + 6 seconds; its first does not count
+    assert found["tiny"].calls > 8000
+    assert [spread.unsteady for spread in found.values()] == [True, False, False]  # one call tells nothing
+    late = seconds_in_turn({"long": taking(8)}, "cpu", 0)["long"]
+    assert (late.calls, late.low) == (1, pytest.approx(8))
+
+
+def test_the_first_of_some_short_calls_finds_the_caches_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    now = 0.0
+
+    def work(name: str, warm: float, cold: float) -> None:
+        nonlocal now
+        now += warm if made[-1:] == [name] else cold
+        made.append(name)
+
+    monkeypatch.setattr(steady.time, "perf_counter", lambda: now)
+    works = {"short": lambda: work("short", 0.006, 0.012), "long": lambda: work("long", 0.1, 0.1)}
+    found = seconds_in_turn(works, "cpu", 3.0)
+    assert found["short"].high == pytest.approx(0.006)
+    assert found["short"].calls > 10
+
+
+def test_how_far_calls_lie_apart() -> None:
+    assert Spread.of([9, 4, 2, 3, 2, 3]) == Spread(low=2, median=2.5, high=3, calls=4)  # it was cold at 9 and 4
+    assert Spread.of([9, 4, 3, 2]) == Spread(low=2, median=3, high=4, calls=3)
+    assert Spread.of([9, 4]) == Spread(low=4, median=4, high=4, calls=1)
+    quiet = [1.0, *[1.0, 1.02, 1.04, 1.01, 5.0, 6.0, 1.03] * 3]
+    assert (Spread.of(quiet).unsteady, Spread.of(quiet).low) == (False, 1.01)  # what others did does not count
+    assert Spread.of([1.0, 1.0, 1.3, 1.6, 1.0, 1.3, 1.4, 1.5]).unsteady
+
+
+def test_what_is_not_steady_is_marked_with_what_to_do(found: Found) -> None:
+    even, apart = Spread(low=1, median=1.1, high=2, calls=9), Spread(low=1, median=1.2, high=2, calls=9)
+    steady_ones = [attrs.evolve(one, calls=dict.fromkeys(one.calls, even)) for one in found.timed]
+    assert "~" not in shown(attrs.evolve(found, timed=steady_ones))
+    first = attrs.evolve(steady_ones[0], calls={**steady_ones[0].calls, "sae(x)": apart})
+    lines = shown(attrs.evolve(found, timed=[first, *steady_ones[1:]])).splitlines()
+    (marked,) = [line for line in lines if "~" in line and not line.startswith("~: ")]
+    assert marked.count("~") == 1
+    assert f"~{first.microseconds(first.uses['sae(x)']):.3g}"[:4] in marked.replace(",", "")
+    (told,) = [line for line in lines if line.startswith("~: ")]
+    assert "close other programs, give it more time (--seconds)" in told
+    product = attrs.evolve(steady_ones[0], calls={**steady_ones[0].calls, "product": apart})
+    text = shown(attrs.evolve(found, timed=[product, *steady_ones[1:]]))
+    (row,) = [line for line in text.splitlines() if line.startswith("standard ") and "~" in line]
+    assert row.count("~") == 5  # all are told in its measure
 
 
 def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in machines._HOLD:
+    for name in machines._LIBRARIES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machines, "_cpu", lambda: ("EPYC 1", {"avx512_vnni", "amx_tile"}))
     monkeypatch.setattr(machines, "has_bfloat16_products", lambda: True)
@@ -256,8 +340,14 @@ def test_a_machine_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machines, "has_bfloat16_products", lambda: False)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     held = attrs.evolve(this_machine(), cores=2, threads=1, torch="2.13.0")
-    assert held.name == "2 cores of EPYC 1 with AVX2 (held to by ONEDNN_MAX_CPU_ISA=AVX2), 1 thread, torch 2.13.0"
+    assert held.name == "2 cores of EPYC 1 with AVX2, held to ONEDNN_MAX_CPU_ISA=AVX2, 1 thread, torch 2.13.0"
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    monkeypatch.setenv("MKL_ENABLE_INSTRUCTIONS", "AVX2")
+    wholly = attrs.evolve(this_machine(), cores=2, threads=2, torch="2.13.0")
+    assert wholly.name == "2 cores of EPYC 1 with AVX2, held to AVX2, torch 2.13.0"
+    assert wholly.to_dict()["held_to"] == "AVX2"
     other = attrs.evolve(held, held={}, threads=2, gpu="NVIDIA H100")
+    assert other.to_dict()["held_to"] is None
     assert other.name == "NVIDIA H100; 2 cores of EPYC 1 with AVX2, torch 2.13.0"
     assert other.to_dict()["name"] == other.name
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import weakref
 
+import attrs
 import pytest
 import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
@@ -146,6 +147,29 @@ def test_a_library_that_is_held_to_less_makes_no_bfloat16_products(
     """oneDNN would make them another way, many times as slow as float32."""
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", held)
     assert has_bfloat16_products.__wrapped__() is has
+
+
+def test_nothing_is_screened_where_all_libraries_are_held_to_avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the CPU has: as figures of lesser machines are measured on larger ones."""
+    screen = saekit.kernels.screen
+    for check in ("_is_avx512_bf16_supported", "_is_amx_tile_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, check, lambda: True)
+    for name in ("has_bfloat16_products", "why_no_int8_products"):
+        monkeypatch.setattr(screen, name, getattr(screen, name).__wrapped__)
+    for name in ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    cpu = torch.device("cpu")
+    assert screen.why_no_screen(cpu, torch.float32, 4096) is None
+    for name, value in (
+        ("ATEN_CPU_CAPABILITY", "avx2"), ("ONEDNN_MAX_CPU_ISA", "AVX2"), ("MKL_ENABLE_INSTRUCTIONS", "AVX2"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert screen.why_no_screen(cpu, torch.float32, 4096) == "this CPU has no bfloat16 products"
+    assert "which has no VNNI" in str(screen.why_no_screen(cpu, torch.float32, 4096, int8=True))
+    encoder, _ = screened(64, 2048, "plain")
+    assert screen.screen_for(encoder) is None
+    assert screen.screen_for(attrs.evolve(encoder, int8=True)) is None
+    assert built(StandardConfig(d_sae=2048)).step_path().startswith("fast kernels, no first look in bfloat16")
 
 
 @pytest.mark.parametrize("screen", SCREENS)

@@ -37,7 +37,10 @@ def bench(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps: where to time.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="About how long it may take; with less, batches are smaller.")] = 100.0,
+    seconds: Annotated[
+        float, typer.Option(help="About how long it takes; with less, calls are fewer, and at last batches smaller.")
+    ] = 120.0,
+    rows: Annotated[int, typer.Option(help="Of a batch, at most; fewer where memory or time does not suffice.")] = 4096,
     as_json: Annotated[bool, typer.Option("--json", help="For programs: the numbers instead of the table.")] = False,
 ) -> None:
     """Time steps and inference of SAEs on this machine, and say which way is taken and why.  Needs no model."""
@@ -49,7 +52,7 @@ def bench(
 
     sizes = {"sizes": tuple(map(size_of, size))} if size else {}
     architectures = {"architectures": tuple(architecture)} if architecture else {}
-    asked = Bench(device=device, seconds=seconds, **sizes, **architectures)  # type: ignore[arg-type]
+    asked = Bench(device=device, seconds=seconds, rows=rows, **sizes, **architectures)  # type: ignore[arg-type]
     with interruptible():
         found = timed(asked, verbose=not as_json)
     if as_json:

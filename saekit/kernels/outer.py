@@ -1,9 +1,9 @@
 """Outer products of active features with rows, which are the weight gradients: of own rows, or of those of all.
 
-Processes that share a batch, and each update a part of the features, can add up the gradients that each has of its rows.
-Or each is given the rows of the others, with their active features, and makes its part of the features from all of
-them: as many products, none of which anybody makes for nothing.  Then rows are sent, ``n`` of the batch by ``d_in`` and
-``d_out``, and not gradients, ``d_sae`` by as much: less where an SAE is wide.
+Processes that share a batch, and each update a part of the features, can add up the gradients that each has of its
+rows.  Or each is given the rows of the others, with their active features, and makes its part of the features from all
+of them: as many products, none of which anybody makes for nothing.  Then rows are sent, ``n`` of the batch by ``d_in``
+and ``d_out``, and not gradients, ``d_sae`` by as much: less where an SAE is wide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Outer", "rows_are_less"]
 
 
 def rows_are_less(share: Share, d_sae: int) -> bool:
-    """Whether rows of all processes of a batch are at most half as much to send as the gradients of ``d_sae`` features."""
+    """Whether the rows of a batch are at most half as much to send as the gradients of ``d_sae`` features."""
     counts = share.counts
     return share.rows.size > 1 and len({*counts}) == 1 and 2 * sum(counts) <= d_sae and d_sae % share.rows.size == 0
 

@@ -87,8 +87,8 @@ def by_two(case: Case, **options: Any) -> list[tuple[SAETrainer, Counted]]:
 def assert_same(case: Case, found: list[tuple[SAETrainer, Counted]], **options: Any) -> None:
     expected = dict(trained(case, None, **options).sae.named_parameters())
     for trainer, _ in found:
-        for name, parameter in trainer.sae.named_parameters():
-            torch.testing.assert_close(parameter, expected[name], rtol=2e-5, atol=2e-6, msg=lambda text: name + text)
+        parameters = dict(trainer.sae.named_parameters())
+        torch.testing.assert_close(parameters, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -127,7 +127,13 @@ def test_what_revives_dead_features_is_added_up() -> None:
 
 @pytest.mark.parametrize(
     ("counts", "d_sae", "size", "less"),
-    [((8, 8), 32, 2, True), ((8, 8), 31, 2, False), ((8, 8), 33, 2, False), ((8, 7), 64, 2, False), ((8,), 64, 1, False)],
+    [
+        ((8, 8), 32, 2, True),
+        ((8, 8), 31, 2, False),
+        ((8, 8), 33, 2, False),
+        ((8, 7), 64, 2, False),
+        ((8,), 64, 1, False),
+    ],
 )
 def test_rows_are_sent_where_they_are_less(counts: tuple[int, ...], d_sae: int, size: int, less: bool) -> None:
     group = Group()
@@ -137,9 +143,7 @@ def test_rows_are_sent_where_they_are_less(counts: tuple[int, ...], d_sae: int, 
 
 def test_who_may_add_to_gradients_later_has_those_of_all_features() -> None:
     """As kernels of strangers may, which do not say that theirs are final."""
-    summed = attrs.evolve(
-        CASES["crosscoder"], sae={"name": "crosscoder", "l1_coefficient": 0.05, "decoder_norm": "l1"}
-    )
+    summed = attrs.evolve(CASES["crosscoder"], sae={"name": "crosscoder", "l1_coefficient": 0.05, "decoder_norm": "l1"})
     found = by_two(summed, lower=2.0)
     assert_same(summed, found, lower=2.0)
     assert found[0][1].added

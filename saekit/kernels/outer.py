@@ -54,7 +54,7 @@ class Outer:
 
         They are numbered from this process's first.  What is sent lies in the memory of ``workspace``.
         """
-        f, n, most = self.features, self.features.n, max(counts)
+        f, n, most = self.features, self.features.n, max(1, *counts)
         # The memory of pre-activations and of features' gradients, which nobody needs any more.
         x = _of_all(rows, self.x, n, "pre", workspace)
         output = _of_all(rows, self.output, n, "gradient", workspace)
@@ -70,8 +70,8 @@ class Outer:
             at = at.index_select(0, mine).to(torch.int64)
             found.append((at[:, 0] + number * n, at[:, 1] - first, with_values.index_select(0, mine)))
         at_rows, features, of_both = (torch.cat(parts) for parts in zip(*found, strict=True))
-        mine = SparseFeatures(at_rows, features, of_both[:, 0].contiguous(), n * rows.size, own)
-        return Outer(mine, None if self.pre is None else of_both[:, 1].contiguous(), x, output)
+        own_features = SparseFeatures(at_rows, features, of_both[:, 0].contiguous(), n * rows.size, own)
+        return Outer(own_features, None if self.pre is None else of_both[:, 1].contiguous(), x, output)
 
 
 def _of_all(rows: Group, value: Tensor, most: int, name: str, workspace: Workspace) -> Tensor:

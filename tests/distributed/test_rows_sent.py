@@ -100,6 +100,12 @@ def test_steps_are_those_of_one_process(name: str) -> None:
         assert group.spread
 
 
+def test_a_batch_in_which_nothing_is_active() -> None:
+    found = by_two(CASES["standard"], lower=1e3)
+    assert_same(CASES["standard"], found, lower=1e3)
+    assert found[0][1].added == []
+
+
 def test_what_is_sent_is_rows_and_weights() -> None:
     (_, group), _ = by_two(attrs.evolve(CASES["topk"], steps=1))
     rows, entries, weights = 16 * 6, 16 * 4 * 2, 64 * 6

@@ -59,6 +59,9 @@ class Share:
     features: Group = attrs.field(factory=Group)
     counts: tuple[int, ...] = ()
     """Rows of each process of ``rows``; empty: this process has all of them."""
+    parted: frozenset[str] = frozenset()
+    """Parameters of which each process of ``rows`` updates some features, as many as each, those of its number; of the
+    gradients of the others it needs nothing."""
 
     @property
     def split(self) -> bool:

@@ -11,16 +11,17 @@ its entries alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import attrs
 import torch
 from torch import Tensor
 
+from saekit.distributed.group import Group
 from saekit.distributed.share import Share
 from saekit.kernels.encoder import CHUNK
 from saekit.kernels.features import Features
+from saekit.kernels.outer import Outer
 from saekit.kernels.products import Operands, add_product_, product, rounds
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
@@ -54,24 +55,6 @@ def decoded_by_all(features: Features, decoder: Tensor, bias: Tensor | None, sha
     return product if bias is None else product.add_(bias)
 
 
-@attrs.frozen(eq=False)
-class _Outer:
-    """A sparse group's outer products: ``fᵀ output``, and ``preᵀ x`` where the encoder learns."""
-
-    features: SparseFeatures
-    pre: Tensor | None
-    x: Tensor
-    output: Tensor
-
-    @classmethod
-    def joined(cls, groups: Sequence[_Outer]) -> _Outer:
-        if len(groups) == 1:
-            return groups[0]
-        pre = None if groups[0].pre is None else torch.cat([group.pre for group in groups if group.pre is not None])
-        x, output = torch.cat([group.x for group in groups]), torch.cat([group.output for group in groups])
-        return cls(SparseFeatures.joined([group.features for group in groups]), pre, x, output)
-
-
 @attrs.define(eq=False)
 class Gradients:
     """Sums the gradients to an encoder and a decoder.  What need not learn costs nothing."""
@@ -89,9 +72,11 @@ class Gradients:
     by_several: bool = False
     """Have the outer products of several sparse groups made at once: for small groups, each a pass over the memory of
     both gradients."""
+    keeps: bool = False
+    """Have them made at the end, by :meth:`make_own`, or as soon as somebody looks at a gradient."""
     _W_enc: Tensor | None = attrs.field(default=None, init=False)
     _W_dec: Tensor | None = attrs.field(default=None, init=False)
-    _later: list[_Outer] = attrs.field(factory=list, init=False)
+    _later: list[Outer] = attrs.field(factory=list, init=False)
     _turned: Tensor = attrs.field(init=False)
     """The decoder's transpose, as one object."""
     _standing: Operands = attrs.field(factory=Operands, init=False)
@@ -141,20 +126,43 @@ class Gradients:
         if self.of_encoder:
             pre = to_pre(f.inner_products(output, self.decoder), f, rows)
             self.b_enc += f.sums(pre)
-        if not self.by_several:
-            self._add_outer(_Outer(f, pre, x, output))
+        if not (self.by_several or self.keeps):
+            self._add_outer(Outer(f, pre, x, output))
             return
-        if sum(one.features.n for one in self._later) + f.n > max(CHUNK, f.d_sae // 2):
+        if not self.keeps and sum(one.features.n for one in self._later) + f.n > max(CHUNK, f.d_sae // 2):
             self._settle()  # what is kept of rows is half as large as one of the gradients, at most
-        self._later.append(_Outer(f, pre, x, output.clone()))
+        self._later.append(Outer(f, pre, x, output.clone()))
 
     def _settle(self) -> None:
         """Make the outer products that are still to be made."""
         later, self._later = self._later, []
         if later:
-            self._add_outer(_Outer.joined(later))
+            self._add_outer(Outer.joined(later))
 
-    def _add_outer(self, of: _Outer) -> None:
+    def make_own(self, rows: Group) -> slice | None:
+        """Make the weight gradients of this process's part of the features, from the rows of all of ``rows``, of which
+        each has as many; the other features hold anything then.
+
+        That part of the features; None where one of the processes has made some of its own rows alone, as it does of
+        dense groups.
+        """
+        made = self._W_enc is not None or self._W_dec is not None
+        entries = -1 if made else sum(len(one.features) for one in self._later)
+        counts = [int(count) for count in rows.gather(torch.tensor(entries))]
+        if min(counts) < 0:
+            return None
+        later, self._later = self._later, []
+        of, own = Outer.joined(later).of_all(rows, counts, self.workspace), len(self.encoder) // rows.size
+        part = slice(rows.rank * own, (rows.rank + 1) * own)
+        if self.of_decoder:
+            self.W_dec, _ = self.made(None, self.decoder)
+            of.features.add_outer_products(of.features.values, of.output, self.W_dec[part], replace=True)
+        if of.pre is not None:
+            self.W_enc, _ = self.made(None, self.encoder)
+            of.features.add_outer_products(of.pre, of.x, self.W_enc[part], replace=True)
+        return part
+
+    def _add_outer(self, of: Outer) -> None:
         if self.of_decoder:
             self.W_dec, new = self.made(self._W_dec, self.decoder)
             of.features.add_outer_products(of.features.values, of.output, self.W_dec, replace=new)

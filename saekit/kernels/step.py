@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from saekit.distributed.share import Share
 from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded_by_all
+from saekit.kernels.outer import rows_are_less
 from saekit.kernels.workspace import Workspace, uninitialized
 from saekit.values import StepOutput
 
@@ -58,10 +59,13 @@ class FastStep:
         *,
         target: Tensor | None = None,
         row_weights: Tensor | None = None,
+        final: bool = False,
     ) -> None:
         """On ``x [n, d_in]`` towards ``target [n, d_out]``, or ``x`` itself.
 
-        ``sae`` is a :class:`Layer`; ``row_weights [n, 1]`` multiply each row's squared error.
+        ``sae`` is a :class:`Layer`; ``row_weights [n, 1]`` multiply each row's squared error.  ``final`` says that
+        nobody changes or reads the weights' gradients that :meth:`finish` writes before they are added up over the
+        processes of a batch, so that each may have its part of the features alone, of all rows.
         """
         if not len(x):
             raise ValueError(f"there are no rows to train on: x is {list(x.shape)}")
@@ -80,6 +84,8 @@ class FastStep:
         self.squares = x.new_zeros(len(x))
         """``[n]``: each row's squared error, weighted."""
         learns = {name for name, parameter in self._sae.named_parameters() if parameter.requires_grad}
+        share, self._large = self._sae.share, {"W_enc", "W_dec"} & learns
+        own = final and bool(self._large) and self._large <= share.parted
         self.gradients = Gradients(
             self._sae.W_enc.detach().T,
             self._sae.scaled_decoder().detach(),
@@ -87,6 +93,7 @@ class FastStep:
             of_encoder=bool(learns - _OF_OUTPUTS) or ("b_dec" in learns and self._centers),
             of_decoder=bool(learns & {"W_dec", "scaling_factor"}),
             by_several=self._sae.share.parts > 1,  # whose groups are single chunks
+            keeps=own and rows_are_less(share, len(self._sae.W_dec)),
         )
         self._b_dec = torch.zeros_like(self._sae.b_dec)
 
@@ -139,7 +146,8 @@ class FastStep:
 
         ``gradients`` are those of the architecture's own parameters, by name; they take the place of those made here.
         """
-        found = {**self._found(to_decoder_norms), **(gradients or {})}
+        own = self.gradients.make_own(self._sae.share.rows) if self.gradients.keeps else None
+        found = {**self._found(to_decoder_norms, own), **(gradients or {})}
         for name, parameter in self._sae.named_parameters():
             parameter.grad = found.get(name) if parameter.requires_grad else None
         terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
@@ -150,21 +158,29 @@ class FastStep:
             fired=self.gradients.fired,
             coefficients=coefficients or {},
             metrics=metrics or {},
+            summed=frozenset() if own is None else frozenset(self._large - (gradients or {}).keys()),
         )
 
-    def _found(self, to_decoder_norms: Tensor | None) -> dict[str, Tensor | None]:
+    def _found(self, to_decoder_norms: Tensor | None, own: slice | None) -> dict[str, Tensor | None]:
+        """The gradients; those of the weights of ``own`` features alone, and of all rows of the batch, unless None."""
         sae, found = self._sae, self.gradients
         gradients: dict[str, Tensor | None] = {"W_enc": found.W_enc, "b_enc": found.b_enc, "b_dec": self._b_dec}
         if found.W_enc is not None:
             gradients["W_enc"] = found.W_enc.T
             if self._centers:
                 self._b_dec -= sae.share.features.sum_(sae.W_enc.detach() @ found.b_enc)
-        W_dec, factor = found.W_dec, sae.scaling_factor
-        if factor is not None and W_dec is not None:
-            gradients["scaling_factor"] = torch.linalg.vecdot(W_dec, sae.W_dec.detach())
-            W_dec.mul_(factor.detach()[:, None])
-        if to_decoder_norms is not None and W_dec is not None:
+        gradients["W_dec"] = found.W_dec
+        if found.W_dec is None:
+            return gradients
+        mine = slice(None) if own is None else own
+        W_dec, weights, factor = found.W_dec[mine], sae.W_dec.detach()[mine], sae.scaling_factor
+        if factor is not None:
+            to_factor = gradients["scaling_factor"] = torch.zeros_like(factor)
+            to_factor[mine] = torch.linalg.vecdot(W_dec, weights)
+            W_dec.mul_(factor.detach()[mine, None])
+        if to_decoder_norms is not None:
+            if own is not None:
+                to_decoder_norms = sae.share.rows.sum(to_decoder_norms)
             norms = sae.decoder_norms().detach()
-            W_dec.addcmul_(sae.W_dec.detach(), (to_decoder_norms / norms).where(norms > 0, 0)[:, None])
-        gradients["W_dec"] = W_dec
+            W_dec.addcmul_(weights, (to_decoder_norms / norms).where(norms > 0, 0)[mine, None])
         return gradients

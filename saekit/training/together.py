@@ -14,7 +14,7 @@ from saekit.sae.module import SAEModule
 from saekit.training.shown import Shown
 from saekit.values import StepOutput
 
-__all__ = ["check_names", "of_whole_batch"]
+__all__ = ["check_names", "looks_at_parts", "of_whole_batch"]
 
 
 def check_names(share: Share, result: StepOutput, sae: nn.Module | None = None) -> None:
@@ -46,6 +46,11 @@ def _names(result: StepOutput, sae: nn.Module | None) -> dict[str, list[str]]:
     return {**given, "gradients": sorted(name for name, value in parameters if value.grad is not None)}
 
 
+def looks_at_parts(sae: SAEModule) -> bool:
+    """Whether its ``before_update`` is linear, and looks at each row of a gradient by itself."""
+    return type(sae).before_update is SAEModule.before_update
+
+
 @torch.no_grad()
 def of_whole_batch(
     sae: SAEModule,
@@ -67,12 +72,12 @@ def of_whole_batch(
     if share.rows.size == 1:
         return result, 1.0
     weight, left = rows / share.n(rows), 1.0
-    plain = type(sae).before_update is SAEModule.before_update  # which is linear, and looks at each row by itself
+    plain = looks_at_parts(sae)
     if len({*share.counts}) == 1 and plain:
         weight, left = 1.0, weight
     small = []
-    for parameter in sae.parameters():
-        if (gradient := parameter.grad) is None:
+    for name, parameter in sae.named_parameters():
+        if (gradient := parameter.grad) is None or name in result.summed:
             continue
         if weight != 1:
             gradient.mul_(weight)

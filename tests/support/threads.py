@@ -36,8 +36,22 @@ class Threads(Group):
         return found
 
     def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
-        every = self.objects([*values])
+        every = self.objects([value.clone() for value in values])
         return [torch.stack(parts).sum(0).to(parts[0].dtype) for parts in zip(*every, strict=True)]
+
+    def sum(self, value: Tensor) -> Tensor:
+        return self.sums([value])[0]
+
+    def sum_(self, value: Tensor) -> Tensor:
+        return value.copy_(self.sum(value))
+
+    def sum_parts_(self, value: Tensor, memory: Tensor) -> None:
+        own = self.sum(value).view(self.size, -1)[self.rank]
+        value.view(self.size, -1).fill_(torch.nan)[self.rank].copy_(own)
+
+    def spread_parts_(self, value: Tensor) -> None:
+        parts = value.view(self.size, -1)
+        parts.copy_(torch.stack(self.gather(parts[self.rank])))
 
     def gather_rows(self, value: Tensor, counts: Any) -> list[Tensor]:
         assert len(value) == counts[self.rank]

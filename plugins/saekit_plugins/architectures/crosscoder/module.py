@@ -80,7 +80,7 @@ class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
 
     def step(self, sae: CrosscoderSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         coefficient, summed = sae.config.l1_at(step), sae.config.decoder_norm == "l1"
-        fast = FastStep(sae, x, workspace, target=step.target)
+        fast = FastStep(sae, x, workspace, target=step.target, final=not summed)
         weights = sae.penalty_weights()
         penalty = SparsityPenalty.of(
             x, len(x), coefficient, 1.0, weights, learns=sae.W_dec.requires_grad, share=sae.share

@@ -218,7 +218,8 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
 
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l0_at(step)
-        fast, encoder = FastStep(sae, x, workspace, target=step.target), self.encoder(sae, workspace)
+        fast = FastStep(sae, x, workspace, target=step.target, final=True)
+        encoder = self.encoder(sae, workspace)
         jumps = _Jumps(sae, len(x), coefficient, workspace)
         groups = active_groups(encoder, fast.centered, None, above=jumps.above, screen=screen_for(encoder))
         for start, pre in groups:

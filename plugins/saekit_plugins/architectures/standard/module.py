@@ -57,7 +57,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
         config, coefficient = sae.config, sae.config.l1_at(step)
         target = step.target_for(x)
         weights = None if config.mse_loss_normalization == "none" else 1 / spread(target, sae.share)
-        fast = FastStep(sae, x, workspace, target=target, row_weights=weights)
+        fast = FastStep(sae, x, workspace, target=target, row_weights=weights, final=True)
         norms = sae.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
         learns = sae.W_dec.requires_grad
         penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=learns, share=sae.share)

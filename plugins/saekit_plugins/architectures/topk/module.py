@@ -99,7 +99,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         """A step whose loss is counted in ``unit``, a scalar."""
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
         weights = None if unit is None else (1 / unit).expand(len(x), 1)
-        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights)
+        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights, final=True)
         logged, wanted = sae.logged_k(step), sae.wanted_at(step, sae.share.n(len(x)))
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:

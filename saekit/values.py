@@ -250,9 +250,6 @@ class StepOutput(NamedTuple):
     """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
     metrics: Mapping[str, float | Tensor] = {}
     """The architecture's own metrics, logged under these names; tensors are scalars."""
-    summed: frozenset[str] = frozenset()
-    """Parameters whose gradient is that of the whole batch already, in this process's part of the features: of those
-    that :attr:`saekit.distributed.share.Share.parted` names."""
 
 
 Scale: TypeAlias = float | Mapping[str, float]

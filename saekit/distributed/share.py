@@ -12,7 +12,7 @@ are averaged by the trainer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import torch
@@ -22,6 +22,9 @@ from saekit.distributed.drawing import drawn_part
 from saekit.distributed.group import Group
 from saekit.distributed.largest import keys_bits, sorted_keys, threshold
 from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS
+
+if TYPE_CHECKING:
+    from saekit.kernels.outer import Exchange
 
 __all__ = ["WHOLE", "Share"]
 
@@ -59,9 +62,8 @@ class Share:
     features: Group = attrs.field(factory=Group)
     counts: tuple[int, ...] = ()
     """Rows of each process of ``rows``; empty: this process has all of them."""
-    parted: frozenset[str] = frozenset()
-    """Parameters of which each process of ``rows`` updates some features, as many as each, those of its number; of the
-    gradients of the others it needs nothing."""
+    exchange: Exchange | None = None
+    """Where processes may give each other their rows in place of gradients."""
 
     @property
     def split(self) -> bool:

@@ -11,6 +11,7 @@ its entries alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import attrs
@@ -72,8 +73,9 @@ class Gradients:
     by_several: bool = False
     """Have the outer products of several sparse groups made at once: for small groups, each a pass over the memory of
     both gradients."""
-    keeps: bool = False
-    """Have them made at the end, by :meth:`make_own`, or as soon as somebody looks at a gradient."""
+    keeps: int = 0
+    """Entries up to which they are left for :meth:`make_own`: until there are more, a group is dense, or somebody looks
+    at a gradient."""
     _W_enc: Tensor | None = attrs.field(default=None, init=False)
     _W_dec: Tensor | None = attrs.field(default=None, init=False)
     _later: list[Outer] = attrs.field(factory=list, init=False)
@@ -129,28 +131,30 @@ class Gradients:
         if not (self.by_several or self.keeps):
             self._add_outer(Outer(f, pre, x, output))
             return
-        if not self.keeps and sum(one.features.n for one in self._later) + f.n > max(CHUNK, f.d_sae // 2):
+        kept = sum(one.features.n for one in self._later)
+        if not self.keeps and kept + f.n > max(CHUNK, f.d_sae // 2):
             self._settle()  # what is kept of rows is half as large as one of the gradients, at most
         self._later.append(Outer(f, pre, x, output.clone()))
+        if self.entries > self.keeps:
+            self._settle()
 
     def _settle(self) -> None:
         """Make the outer products that are still to be made."""
-        later, self._later = self._later, []
+        later, self._later, self.keeps = self._later, [], 0
         if later:
             self._add_outer(Outer.joined(later))
 
-    def make_own(self, rows: Group) -> slice | None:
-        """Make the weight gradients of this process's part of the features, from the rows of all of ``rows``, of which
-        each has as many; the other features hold anything then.
+    @property
+    def entries(self) -> int:
+        """Active entries of all groups, whose weight gradients are still to be made; -1: some are made."""
+        return sum(len(one.features) for one in self._later) if self.keeps else -1
 
-        That part of the features; None where one of the processes has made some of its own rows alone, as it does of
-        dense groups.
+    def make_own(self, rows: Group, counts: Sequence[int]) -> slice:
+        """Make the weight gradients of this process's part of the features, from the rows of all of ``rows``, each of
+        which has as many, and ``counts`` entries; the other features hold anything then.
+
+        That part of the features.
         """
-        made = self._W_enc is not None or self._W_dec is not None
-        entries = -1 if made else sum(len(one.features) for one in self._later)
-        counts = [int(count) for count in rows.gather(torch.tensor(entries))]
-        if min(counts) < 0:
-            return None
         later, self._later = self._later, []
         of, own = Outer.joined(later).of_all(rows, counts, self.workspace), len(self.encoder) // rows.size
         part = slice(rows.rank * own, (rows.rank + 1) * own)
@@ -171,6 +175,7 @@ class Gradients:
             of.features.add_outer_products(of.pre, of.x, self.W_enc, replace=new)
 
     def _add_dense(self, f: Tensor, x: Tensor, output: Tensor, to_pre: FeatureGradient, rows: slice) -> None:
+        self._settle()
         self.fired += self._positive(f)
         if self.of_decoder:
             self.W_dec = self._add_product(self.W_dec, self.decoder, f, output)

@@ -60,6 +60,11 @@ class StepKernel(Generic[S]):
     """What may be split over processes, and its steps are still those of one process: ``data``, ``features``.  Each
     class says so for itself."""
 
+    leaves_weights: ClassVar[bool] = False
+    """Whether its steps end with :meth:`FastStep.finish`, and neither read nor change the gradients of ``W_enc`` and
+    ``W_dec`` that it writes, so that processes which share a batch may make them afterwards, each of its part of the
+    features.  Each class says so for itself."""
+
     def refuses(self, sae: S, use: Use) -> str | None:
         """Why it cannot serve this architecture with its options, this device, type and so on; None: it can."""
         raise NotImplementedError

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from saekit.distributed.group import Group
 from saekit.distributed.share import Share
 from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded_by_all
-from saekit.kernels.outer import rows_are_less
 from saekit.kernels.workspace import Workspace, uninitialized
 from saekit.values import StepOutput
 
 __all__ = ["FastStep", "Layer"]
 
+_LARGE = {"W_enc", "W_dec"}
+_OF_WEIGHTS = {*_LARGE, "scaling_factor"}  # what is made of their gradients
 _OF_OUTPUTS = {"W_dec", "b_dec", "scaling_factor"}
 
 
@@ -59,13 +61,10 @@ class FastStep:
         *,
         target: Tensor | None = None,
         row_weights: Tensor | None = None,
-        final: bool = False,
     ) -> None:
         """On ``x [n, d_in]`` towards ``target [n, d_out]``, or ``x`` itself.
 
-        ``sae`` is a :class:`Layer`; ``row_weights [n, 1]`` multiply each row's squared error.  ``final`` says that
-        nobody changes or reads the weights' gradients that :meth:`finish` writes before they are added up over the
-        processes of a batch, so that each may have its part of the features alone, of all rows.
+        ``sae`` is a :class:`Layer`; ``row_weights [n, 1]`` multiply each row's squared error.
         """
         if not len(x):
             raise ValueError(f"there are no rows to train on: x is {list(x.shape)}")
@@ -83,9 +82,10 @@ class FastStep:
         """``[n, d_out]``: reconstructions, as far as they are made."""
         self.squares = x.new_zeros(len(x))
         """``[n]``: each row's squared error, weighted."""
+        self._seen = 0
         learns = {name for name, parameter in self._sae.named_parameters() if parameter.requires_grad}
-        share, self._large = self._sae.share, {"W_enc", "W_dec"} & learns
-        own = final and bool(self._large) and self._large <= share.parted
+        self._exchange = self._sae.share.exchange
+        leaves = self._exchange is not None and self._exchange.leaves(learns & _LARGE)
         self.gradients = Gradients(
             self._sae.W_enc.detach().T,
             self._sae.scaled_decoder().detach(),
@@ -93,7 +93,7 @@ class FastStep:
             of_encoder=bool(learns - _OF_OUTPUTS) or ("b_dec" in learns and self._centers),
             of_decoder=bool(learns & {"W_dec", "scaling_factor"}),
             by_several=self._sae.share.parts > 1,  # whose groups are single chunks
-            keeps=own and rows_are_less(share, len(self._sae.W_dec)),
+            keeps=self._exchange.most if self._exchange is not None and leaves else 0,
         )
         self._b_dec = torch.zeros_like(self._sae.b_dec)
 
@@ -104,6 +104,7 @@ class FastStep:
         the encoder learns.
         """
         rows = slice(start, start + features.shape[0])
+        self._seen += features.shape[0]
         target = self.target[rows]
         output = decoded_by_all(features, self.gradients.decoder, self._sae.b_dec.detach(), self._sae.share)
         if len(target) == len(self.target):
@@ -145,11 +146,17 @@ class FastStep:
         """Write the gradients.  The loss is ``losses`` by ``weights``; ``to_decoder_norms [d_sae]`` is its part's.
 
         ``gradients`` are those of the architecture's own parameters, by name; they take the place of those made here.
+        Those of the weights may be left to be made when all processes agree how: see :class:`StepKernel`.
         """
-        own = self.gradients.make_own(self._sae.share.rows) if self.gradients.keeps else None
-        found = {**self._found(to_decoder_norms, own), **(gradients or {})}
-        for name, parameter in self._sae.named_parameters():
-            parameter.grad = found.get(name) if parameter.requires_grad else None
+        self._given, self._to_norms = dict(gradients or {}), to_decoder_norms
+        sae, found = self._sae, self.gradients
+        if found.of_encoder and self._centers:
+            self._b_dec -= sae.share.features.sum_(sae.W_enc.detach() @ found.b_enc)
+        self._write({"b_enc": found.b_enc, "b_dec": self._b_dec, **self._given}, of_weights=False)
+        if found.entries >= 0 and self._exchange is not None:
+            self._exchange.left = self
+        else:
+            self.write_weights()
         terms = [weight * loss for weight, loss in zip(weights, losses.values(), strict=True)]
         return StepOutput(
             loss=torch.stack(terms).sum(),
@@ -158,29 +165,34 @@ class FastStep:
             fired=self.gradients.fired,
             coefficients=coefficients or {},
             metrics=metrics or {},
-            summed=frozenset() if own is None else frozenset(self._large - (gradients or {}).keys()),
         )
 
-    def _found(self, to_decoder_norms: Tensor | None, own: slice | None) -> dict[str, Tensor | None]:
-        """The gradients; those of the weights of ``own`` features alone, and of all rows of the batch, unless None."""
-        sae, found = self._sae, self.gradients
-        gradients: dict[str, Tensor | None] = {"W_enc": found.W_enc, "b_enc": found.b_enc, "b_dec": self._b_dec}
-        if found.W_enc is not None:
-            gradients["W_enc"] = found.W_enc.T
-            if self._centers:
-                self._b_dec -= sae.share.features.sum_(sae.W_enc.detach() @ found.b_enc)
-        gradients["W_dec"] = found.W_dec
-        if found.W_dec is None:
-            return gradients
-        mine = slice(None) if own is None else own
-        W_dec, weights, factor = found.W_dec[mine], sae.W_dec.detach()[mine], sae.scaling_factor
-        if factor is not None:
-            to_factor = gradients["scaling_factor"] = torch.zeros_like(factor)
-            to_factor[mine] = torch.linalg.vecdot(W_dec, weights)
-            W_dec.mul_(factor.detach()[mine, None])
-        if to_decoder_norms is not None:
-            if own is not None:
-                to_decoder_norms = sae.share.rows.sum(to_decoder_norms)
-            norms = sae.decoder_norms().detach()
-            W_dec.addcmul_(weights, (to_decoder_norms / norms).where(norms > 0, 0)[mine, None])
-        return gradients
+    @property
+    def entries(self) -> int:
+        """Active entries of all rows, where the weights' gradients are still to be made."""
+        return self.gradients.entries if self._seen == len(self.target) else -1
+
+    def write_weights(self, rows: Group | None = None, counts: Sequence[int] = ()) -> frozenset[str]:
+        """Write the gradients of the weights, of own rows; or of this process's part of the features, from all rows of
+        the processes ``rows``, which have ``counts`` entries.  Names of parameters whose gradient is of all rows."""
+        found, sae = self.gradients, self._sae
+        mine = slice(None) if rows is None else found.make_own(rows, counts)
+        made: dict[str, Tensor | None] = {"W_enc": None if found.W_enc is None else found.W_enc.T, "W_dec": found.W_dec}
+        if found.W_dec is not None:
+            W_dec, weights, factor = found.W_dec[mine], sae.W_dec.detach()[mine], sae.scaling_factor
+            if factor is not None:
+                to_factor = made["scaling_factor"] = torch.zeros_like(factor)
+                to_factor[mine] = torch.linalg.vecdot(W_dec, weights)
+                W_dec.mul_(factor.detach()[mine, None])
+            if self._to_norms is not None:
+                to_norms = self._to_norms if rows is None else rows.sum(self._to_norms)
+                norms = sae.decoder_norms().detach()
+                W_dec.addcmul_(weights, (to_norms / norms).where(norms > 0, 0)[mine, None])
+        self._write(made | self._given, of_weights=True)
+        return frozenset() if rows is None else frozenset(_LARGE - self._given.keys())
+
+    def _write(self, gradients: Mapping[str, Tensor | None], *, of_weights: bool) -> None:
+        """To the parameters that learn: to the weights, or to all others."""
+        for name, parameter in self._sae.named_parameters():
+            if (name in _OF_WEIGHTS) == of_weights:
+                parameter.grad = gradients.get(name) if parameter.requires_grad else None

@@ -5,16 +5,19 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping
 
+import attrs
 import torch
 from torch import Tensor, nn
 
+from saekit.devices import at_hand
 from saekit.distributed.share import Share
 from saekit.distributed.sizes import LARGE
+from saekit.kernels.outer import Exchange
 from saekit.sae.module import SAEModule
 from saekit.training.shown import Shown
 from saekit.values import StepOutput
 
-__all__ = ["check_names", "looks_at_parts", "of_whole_batch"]
+__all__ = ["check_names", "of_whole_batch", "with_exchange"]
 
 
 def check_names(share: Share, result: StepOutput, sae: nn.Module | None = None) -> None:
@@ -51,6 +54,18 @@ def looks_at_parts(sae: SAEModule) -> bool:
     return type(sae).before_update is SAEModule.before_update
 
 
+def with_exchange(share: Share, sae: SAEModule, rows: int, parted: Mapping[nn.Parameter, Shown]) -> Share:
+    """``share``, of a step on own ``rows``, whose processes may give each other their rows in place of gradients, if
+    nobody but the optimizer looks at these."""
+    kind = type(sae)
+    plain = kind.training_step is SAEModule.training_step and kind._step is SAEModule._step
+    if not (parted and plain and looks_at_parts(sae) and at_hand(sae.device)):
+        return share
+    names = [shown.name for shown in parted.values()]
+    exchange = Exchange.of(share, rows, names, sae.d_sae, sae.d_in + sae.d_out, sae.dtype)
+    return attrs.evolve(share, exchange=exchange)
+
+
 @torch.no_grad()
 def of_whole_batch(
     sae: SAEModule,
@@ -76,8 +91,9 @@ def of_whole_batch(
     if len({*share.counts}) == 1 and plain:
         weight, left = 1.0, weight
     small = []
+    summed = frozenset() if share.exchange is None else share.exchange.summed
     for name, parameter in sae.named_parameters():
-        if (gradient := parameter.grad) is None or name in result.summed:
+        if (gradient := parameter.grad) is None or name in summed:
             continue
         if weight != 1:
             gradient.mul_(weight)

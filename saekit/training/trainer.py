@@ -27,7 +27,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
-from saekit.training.together import check_names, looks_at_parts, of_whole_batch
+from saekit.training.together import check_names, of_whole_batch, with_exchange
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
 __all__ = ["SAETrainer"]
@@ -164,10 +164,7 @@ class SAETrainer:
         if self.maps is not None:
             x, y = self._mapped(x, y)
         share = self.world.share(() if batch is None else batch.counts)
-        if self.optimizer.parted and at_hand(x.device) and looks_at_parts(self.sae):
-            parted = frozenset(shown.name for shown in self.optimizer.parted.values())
-            share = attrs.evolve(share, parted=parted)
-        self.sae.share = share
+        share = self.sae.share = with_exchange(share, self.sae, len(x), self.optimizer.parted)
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
             if not self._names_agree:

@@ -32,6 +32,7 @@ class BatchTopKKernel(TopKKernel):
     """As :class:`TopKKernel`, but for which features are active."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     def chosen(
         self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int

@@ -80,7 +80,7 @@ class CrosscoderKernel(SparseKernel["CrosscoderSAE"]):
 
     def step(self, sae: CrosscoderSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         coefficient, summed = sae.config.l1_at(step), sae.config.decoder_norm == "l1"
-        fast = FastStep(sae, x, workspace, target=step.target, final=not summed)
+        fast = FastStep(sae, x, workspace, target=step.target)
         weights = sae.penalty_weights()
         penalty = SparsityPenalty.of(
             x, len(x), coefficient, 1.0, weights, learns=sae.W_dec.requires_grad, share=sae.share
@@ -148,6 +148,7 @@ class BatchTopKCrosscoderKernel(BatchTopKKernel):
     """That of ``batchtopk``, by other norms."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     def step(self, sae: Any, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         return super().step(sae, x, step, workspace)._replace(metrics=sae.shares())

@@ -200,6 +200,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
     """Of active features, and those near their thresholds, alone."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     gradients = (*SparseKernel.gradients, "threshold")
 
@@ -218,7 +219,7 @@ class JumpReLUKernel(SparseKernel["JumpReLUSAE"]):
 
     def step(self, sae: JumpReLUSAE, x: Tensor, step: StepInput, workspace: Workspace) -> StepOutput:
         config, coefficient = sae.config, sae.config.l0_at(step)
-        fast = FastStep(sae, x, workspace, target=step.target, final=True)
+        fast = FastStep(sae, x, workspace, target=step.target)
         encoder = self.encoder(sae, workspace)
         jumps = _Jumps(sae, len(x), coefficient, workspace)
         groups = active_groups(encoder, fast.centered, None, above=jumps.above, screen=screen_for(encoder))

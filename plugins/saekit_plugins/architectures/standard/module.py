@@ -32,6 +32,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
     """Products of the active features alone, where few are."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     def refuses_options(self, sae: StandardSAE, *, training: bool) -> str | None:
         if not isinstance(sae.activation, SparseActivation):
@@ -57,7 +58,7 @@ class StandardKernel(SparseKernel["StandardSAE"]):
         config, coefficient = sae.config, sae.config.l1_at(step)
         target = step.target_for(x)
         weights = None if config.mse_loss_normalization == "none" else 1 / spread(target, sae.share)
-        fast = FastStep(sae, x, workspace, target=target, row_weights=weights, final=True)
+        fast = FastStep(sae, x, workspace, target=target, row_weights=weights)
         norms = sae.decoder_norms() if config.scale_sparsity_penalty_by_decoder_norm else None
         learns = sae.W_dec.requires_grad
         penalty = SparsityPenalty.of(x, len(x), coefficient, config.lp_norm, norms, learns=learns, share=sae.share)

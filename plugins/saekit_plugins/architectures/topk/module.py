@@ -78,6 +78,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
     """Of the active features alone, in every product but the encoder's."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     def refuses_options(self, sae: TopKSAE, *, training: bool) -> str | None:
         if sae.config.k > dense_above(sae.W_dec) * sae.d_sae:
@@ -99,7 +100,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         """A step whose loss is counted in ``unit``, a scalar."""
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
         weights = None if unit is None else (1 / unit).expand(len(x), 1)
-        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights, final=True)
+        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights)
         logged, wanted = sae.logged_k(step), sae.wanted_at(step, sae.share.n(len(x)))
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:

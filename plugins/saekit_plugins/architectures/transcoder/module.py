@@ -106,6 +106,7 @@ class TranscoderKernel(_SkippingKernel, StandardKernel):
     """That of ``standard``, and the skip connection's part."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     gradients = (*StandardKernel.gradients, "W_skip")
 
@@ -114,6 +115,7 @@ class JumpReLUTranscoderKernel(_SkippingKernel, JumpReLUKernel):
     """That of ``jumprelu``, and the skip connection's part."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     gradients = (*JumpReLUKernel.gradients, "W_skip")
 
@@ -122,6 +124,7 @@ class TopKTranscoderKernel(_SkippingKernel, TopKKernel):
     """That of ``topk``, and the skip connection's part."""
 
     spreads_over = frozenset({"data", "features"})
+    leaves_weights = True
 
     gradients = (*TopKKernel.gradients, "W_skip")
 

@@ -28,7 +28,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert numbers["model_bytes"] == sum(parameter.nbytes for parameter in model.parameters())
     assert numbers["forward_seconds"] > 0
     assert numbers["step_seconds"] > 0
-    parts = ("opening", "forward", "step", "eval", "saving")
+    parts = ("opening", "forward", "step", "eval", "saving", "picture")
     assert all(numbers[f"{part}_seconds"] > 0 for part in parts)
     assert numbers["seconds"] == pytest.approx(sum(numbers[f"{part}_seconds"] for part in parts))
     assert numbers["first_step_seconds"] < numbers["last_step_seconds"] < numbers["seconds"]

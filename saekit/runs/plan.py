@@ -115,8 +115,7 @@ class _Planner:
         self.evals: Mapping[str, Eval] = {}
         self.libraries: float | None = None
         """Bytes that the process has beside the model."""
-        self.peak: float | None = None
-        """The most bytes that the process has, as far as parts of the run were tried."""
+        self.peak: float | None = None  # the most that it has, as far as parts of the run were tried
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.world = planned_world(config)
         self.start: SAEModule | None = None

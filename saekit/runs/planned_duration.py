@@ -109,14 +109,15 @@ class TimedRun:
             served = Served(
                 capacity=forward * source.buffered, forward=forward, ahead=source.ahead, shared=found.shared
             )
-        filling, waiting = ran_ahead(served, batch, training.steps, found.per_row, found.step)
+        mean_step = found.mean_step(training.steps, training.dead_after)
+        filling, waiting = ran_ahead(served, batch, training.steps, found.per_row, mean_step)
         number = evals_of(self.config)
         times = Times(
             opening=self.opening,
             filling=filling,
             weights=weights,
             forwards=waiting,
-            steps=found.step * training.steps,
+            steps=mean_step * training.steps,
             step=found.step,
             cold=found.cold,
             evals=None if evaluated is None else number * evaluated + cold,

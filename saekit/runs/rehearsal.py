@@ -138,7 +138,7 @@ class Rehearsal:
 
     def run(self) -> None:
         """Until the time is over, or the run would be; :class:`DivergedError` as of the run."""
-        fit([Lane(self, [self.trainer])], [self])  # type: ignore[list-item]  # the loop only asks it for batches
+        fit([Lane(self, [self.trainer])], [self])
         if self.trainer.diverged is not None:
             raise DivergedError(self.trainer.diverged)
 
@@ -163,12 +163,20 @@ class Rehearsed:
     """Of a row that the model makes, or that is read, between steps."""
     step: float
     """Between forwards, with what the loop does."""
+    late: float
+    """The same when those features are dead that did not fire in the last step, where steps of the run have dead ones:
+    an architecture may teach them by products of their own."""
     cold: float
     """What the first forward and the first step took beyond the others."""
     shared: float
     """How much of the time of a forward that is made while an SAE trains is added to that of its step."""
     held: int = 0
     """Bytes of the rows that were mixed meanwhile."""
+
+    def mean_step(self, steps: int, dead_after: int) -> float:
+        """Seconds of the average of ``steps``, of which the first ``dead_after`` have no dead features."""
+        early = min(steps, dead_after)
+        return (early * self.step + (steps - early) * self.late) / max(steps, 1)
 
 
 def part_added(together: float, step: float, forwards: float) -> float:
@@ -213,17 +221,33 @@ def rehearsed(
     turns.run()
     made, steps = turns.made if forward else turns.made[1:], turns.steps
     per_row = statistics.median(made or [first[1]])
-    step = statistics.median(steps[1:] or steps or [0.0])
+    step = statistics.median(steps[1 : trainer.training.dead_after + 1] or steps[:1] or [0.0])
     cold = max((first[1] - per_row) * len(first[0]), 0.0) + max(max(steps[:1] or [0.0]) - step, 0.0)
+    late = step
     shared, held = alone, 0 if turns.buffer is None else turns.buffer.nbytes
+    turns.buffer = None
+    if _let_die(trainer):
+        later = Rehearsal(rows, trainer, mixed(), forward, seconds=_SECONDS / 2)
+        later.run()
+        late = statistics.median(later.steps[1:] or later.steps or [step])
     if ahead and not trainer.finished and step > 0:
-        turns.buffer = None
         with contextlib.closing(Prefetched[Batch](rows, -(-batch // forward))) as prefetched:
             both = Rehearsal(prefetched, trainer, mixed(), forward, seconds=_SECONDS / 2)
             both.run()
         if (n := len(both.given) - 1) > 0:
-            shared = part_added((both.given[-1] - both.given[0]) / n, step, per_row * batch)
-    return Rehearsed(per_row=per_row, step=step, cold=cold, shared=shared, held=held)
+            shared = part_added((both.given[-1] - both.given[0]) / n, late, per_row * batch)
+    return Rehearsed(per_row=per_row, step=step, late=late, cold=cold, shared=shared, held=held)
+
+
+def _let_die(trainer: SAETrainer) -> bool:
+    """The features that did not fire in the last step are dead from here on; whether there are any, in a run that comes
+    to have dead ones."""
+    training, since = trainer.training, trainer.firing.since_fired
+    silent = since > 0
+    if trainer.finished or training.steps <= training.dead_after or not bool(silent.any()):
+        return False
+    since[silent] += training.dead_after
+    return True
 
 
 class _Before:

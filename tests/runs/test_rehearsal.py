@@ -46,7 +46,10 @@ class Trainer:
 
     def __init__(self, clock: Clock, steps: int, seconds: float = 5.0, batch: int = 8) -> None:
         self.clock, self.seconds, self.step, self.tokens = clock, seconds, 0, 0
-        self.training = SimpleNamespace(train_batch_size_tokens=batch, total_tokens=batch * steps)
+        self.training = SimpleNamespace(
+            train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=2
+        )
+        self.firing = SimpleNamespace(since_fired=torch.zeros(4))
         self.sizes: list[int] = []
 
     @property
@@ -96,6 +99,21 @@ def test_the_first_of_each_is_cold(clock: Clock) -> None:
     assert found.held == (8 + 4) * (3 * 4 + 3 * 8)
     assert seen == [{"metrics/l0": 1.0, "details/distinct_documents": 1}], "as the loop hands them on"
     assert trainer.sizes == [8, 8], "no more, since the time was over"
+
+
+def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
+    class Teaching(Trainer):
+        def train_on(self, *given: Any) -> dict[str, Any]:
+            self.clock.now += 10 * float((self.firing.since_fired > 2).sum())
+            self.firing.since_fired[1] += 1  # the others have fired
+            return super().train_on(*given)
+
+    trainer: Any = Teaching(clock, steps=100)
+    found = turns(clock, trainer, Forwards(clock))
+    assert (found.step, found.late) == (5, 15)
+    assert found.mean_step(10, 2) == (2 * 5 + 8 * 15) / 10
+    short: Any = Teaching(clock, steps=2)
+    assert turns(clock, short, Forwards(clock)).late == 5, "nothing dies in it"
 
 
 def test_a_run_that_is_short_is_tried_as_far_as_it_goes(clock: Clock) -> None:

@@ -113,6 +113,12 @@ class Boasting(Numbers):
         return dict.fromkeys(self.stream.sites, 100)
 
 
+class Unstated(Numbers):
+    @property
+    def forwards(self) -> Any:
+        return {"contexts": 16}
+
+
 class Large(Numbers):
     def memory_bytes(self) -> Any:
         return "much"

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from saekit.accumulates import Accumulates, SharesContexts
 from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
+from saekit.source_forwards import SourceForwards, StatesForwards
 from saekit.values import Forward, Replacement, RunEnd, Want
 
 if TYPE_CHECKING:
@@ -26,9 +27,9 @@ __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
     "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
     "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
-    "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates", "TokenizesElsewhere", "TranslatesHooks",
-    "WritesSAEs",
+    "RunsUndisturbed", "SharesContexts", "SharesRows", "SourceForwards", "SparseActivation", "StartsInside",
+    "StatesForwards", "StatesProcessing", "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates",
+    "TokenizesElsewhere", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
 

@@ -178,7 +178,9 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     travels |= {"saekit.measuring"}
     assert own(graph()["saekit.protocols"]) <= travels
     assert own(graph()["saekit.accumulates"]) <= travels | {"saekit.protocols"}
-    assert own(graph()["saekit.abilities"]) <= travels | {"saekit.protocols", "saekit.accumulates"}
+    assert not own(graph()["saekit.source_forwards"])
+    parts = {"saekit.protocols", "saekit.accumulates", "saekit.source_forwards"}
+    assert own(graph()["saekit.abilities"]) <= travels | parts
     assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
     assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}

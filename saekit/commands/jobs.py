@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from saekit.runs.results import SweepResult, TrainResult
     from saekit.status import Status
 
-__all__ = ["ConfigSource", "cache_activations", "plan", "pretokenize", "resume", "train"]
+__all__ = ["ConfigSource", "cache_activations", "plan", "plan_after", "pretokenize", "resume", "train"]
 
 ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
 """A config, a dict, or the path of a TOML, YAML or JSON file."""
@@ -152,6 +152,20 @@ def plan(
     that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
     there, that is found at once, and nothing can be said of the rest.
     """
+    return plan_after(0.0, cfg, plugins, model, dataset, load=load, measure=measure)
+
+
+def plan_after(
+    before: float,
+    cfg: ConfigSource,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+    *,
+    load: bool = True,
+    measure: bool = False,
+) -> Plan:
+    """:func:`plan` of a run that begins so many seconds ``before`` this, as a command's process does."""
     if measure and not load:
         raise ConfigError(
             "--measure (measure=True) times forwards, and with --no-load (load=False) there is no model to time: leave "
@@ -167,7 +181,7 @@ def plan(
         from saekit.runs.plan import look
 
         say("trying the model and a few steps" if load else "counting")
-        before = time.perf_counter() - begun
+        before += time.perf_counter() - begun
         found = look(config, plugins, model, dataset, load=load, measure=measure, before=before)
     problems = list(dict.fromkeys([*faults.texts, *found.problems]))
     return attrs.evolve(found, problems=problems, verdict=cannot_run(problems) or found.verdict)

@@ -5,6 +5,7 @@ Nothing is switched by it: each of them may round otherwise, and a run does what
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
@@ -15,11 +16,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import HasMemory
+from saekit.abilities import HasMemory, SourceForwards
 from saekit.config import TrainConfig
 from saekit.devices import synchronize
 from saekit.hub import cached_alone
-from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.reasons import reason
@@ -91,6 +91,7 @@ def told_of_ways(
     backend: ModelBackend,
     tokens: Tensor,
     forward_bytes: float,
+    source: SourceForwards,
     *,
     rows: int,
     alone: bool,
@@ -102,18 +103,16 @@ def told_of_ways(
     are trained on.  Only where the model was loaded ``alone``, by its name, it can be loaded again, to be compiled.
     """
     found = {}
-    options = plugins.options(ACTIVATION_SOURCES, config.activations.source)
-    prompts = getattr(options, "store_batch_size_prompts", None)
     with warnings.catch_warnings(), cached_alone(), seeded(config.training.seed):
         warnings.simplefilter("ignore")  # of what nobody has chosen
-        if prompts is not None:
-            found[SIZES_FACT] = _of_sizes(config, backend, tokens, prompts, options, forward_bytes, rows)
+        if source.contexts_option:
+            found[SIZES_FACT] = _of_sizes(config, backend, tokens, source, forward_bytes, rows)
         else:
             found[SIZES_FACT] = "not compared: the source does not let them be chosen"
         if not alone:
             found["model.compile"] = "not compared: the model was passed, and a second copy cannot be loaded"
         elif not config.model.compile:
-            found["model.compile"] = _of_compiling(config, plugins, backend, tokens[: prompts or 8])
+            found["model.compile"] = _of_compiling(config, plugins, backend, tokens[: source.contexts])
     return found
 
 
@@ -132,16 +131,15 @@ def _of_sizes(
     config: TrainConfig,
     backend: ModelBackend,
     tokens: Tensor,
-    prompts: int,
-    options: object,
+    source: SourceForwards,
     forward_bytes: float,
     rows: int,
 ) -> str:
     """Half as many contexts, twice, and four times as many, where a buffer of the same size takes them."""
-    room = min(free_memory([str(torch.device(backend.device))]).values(), default=float("inf"))
+    prompts, room = source.contexts, min(free_memory([str(torch.device(backend.device))]).values(), default=math.inf)
     sizes = [size for size in (prompts // 2, prompts, 2 * prompts, 4 * prompts) if 1 <= size <= len(tokens)]
     sizes = [size for size in sizes if size <= prompts or _ROOM * forward_bytes * size / prompts < room]
-    held = getattr(options, "n_batches_in_buffer", 0) * prompts  # contexts in the buffer; 0: there is none
+    held = source.buffered * prompts if source.buffered_option else 0  # contexts in the buffer, where that is chosen
     batch = config.training.train_batch_size_tokens
     sizes = [size for size in sizes if size == prompts or not held or _fits_buffer(held, size, rows, batch)]
     if prompts not in sizes or len(sizes) < 2:
@@ -152,8 +150,8 @@ def _of_sizes(
     advice = "the run's is as good as any"
     if paying:
         best = max(paying, key=lambda size: paying[size].ratio)
-        same = f" and activations.source.n_batches_in_buffer={held // best}, for a buffer of the same size" * bool(held)
-        advice = f"write activations.source.store_batch_size_prompts={best}{same}; batches are others then"
+        same = f" and {source.buffered_option}={held // best}, for a buffer of the same size" * bool(held)
+        advice = f"write {source.contexts_option}={best}{same}; batches are others then"
     return f"{prompts}; {', '.join(texts)}: {advice}"
 
 

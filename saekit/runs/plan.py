@@ -115,6 +115,7 @@ class _Planner:
         self.evals: Mapping[str, Eval] = {}
         self.libraries: float | None = None
         """Bytes that the process has beside the model."""
+        self.peak: float | None = None  # the most that it has, as far as parts of the run were tried
         self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
         self.world = planned_world(config)
         self.start: SAEModule | None = None
@@ -151,6 +152,8 @@ class _Planner:
             self.facts.setdefault(SIZES_FACT, f"not compared: {self.unmeasured}")
         if self.counted is not None:
             place = free_disk(self.config.checkpoints.folder)
+            if self.libraries is not None and self.peak is not None:  # what no tensor shows is seen when it is tried
+                self.libraries = max(self.libraries, self.peak - self.counted.memory.needed().get("cpu", 0.0))
             beside = max((self.libraries or 0.0) - self.began, 0.0)  # the rest of them was not free then
             memory = self.counted.memory.beside(beside, self.counted.tokenizing)
             found = verdict(memory, self.counted.disk, self.free, place, self.world.size)
@@ -391,6 +394,7 @@ class _Planner:
             measure=self.measure,
         )
         timed.time(source, schedule, self.evals, _reads(stream))
+        self.peak = timed.peak
         self.numbers |= self.counted.numbers | timed.numbers
         self.facts |= self.counted.facts | timed.facts
         self.doubt(*timed.warnings)

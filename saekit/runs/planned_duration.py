@@ -10,9 +10,8 @@ import torch
 
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
-from saekit.devices import resolve_device
 from saekit.distributed.world import World
-from saekit.kinds import ACTIVATION_SOURCES
+from saekit.errors import DataError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
@@ -20,13 +19,24 @@ from saekit.runs.other_backends import told_of_others
 from saekit.runs.other_ways import SIZES_FACT, told_of_ways
 from saekit.runs.planned_mesh import in_step
 from saekit.runs.planned_sizes import Sizes
-from saekit.runs.planned_time import Served, Stopwatch, Times, evals_of, ran_ahead, timed_eval, timed_writing
+from saekit.runs.planned_time import (
+    Served,
+    Stopwatch,
+    Times,
+    evals_of,
+    ran_ahead,
+    timed_copy,
+    timed_eval,
+    timed_pictures,
+    timed_writing,
+)
+from saekit.runs.rehearsal import ForwardStage, Rehearsed, rehearsed
 from saekit.runs.setup import give_weights, make_trainer
 from saekit.runs.supervised import SupervisedSource
-from saekit.runs.timing import silent_at_start, timed, timed_forwards, timed_steps
+from saekit.runs.working_memory import resident_peak
 from saekit.sae.module import SAEModule
 from saekit.training.trainer import SAETrainer
-from saekit.values import Batch, Ports
+from saekit.values import Batch, Histogram, Ports
 
 __all__ = ["TimedRun"]
 
@@ -57,62 +67,84 @@ class TimedRun:
     facts: dict[str, str] = attrs.field(init=False, factory=dict)
     numbers: dict[str, float] = attrs.field(init=False, factory=dict)
     warnings: list[str] = attrs.field(init=False, factory=list)
+    peak: float | None = attrs.field(init=False, default=None)
+    """The most bytes that the run's process has while it trains, measures and draws; None where that is not told."""
+    rows_missing: float = attrs.field(init=False, default=0.0)
+    """Bytes of the run's buffer that are not there while parts of it are tried."""
+    logged: Mapping[str, float | Histogram] = attrs.field(init=False, factory=dict)
+    """Metrics of the first step."""
 
     def time(self, source: SupervisedSource | None, schedule: Any, evals: Mapping[str, Eval], reads: bool) -> None:
         """All of it; the source ``reads`` the text, and so runs the model, or has what the model made."""
-        if runs_model := source is None or reads:
-            per_row, rows = timed_forwards(self.stream, self.corpus.contexts(self.backend).take)
+        runs_model = source is None or reads
+        if runs_model:
             self._others()
+            rows: Any = ForwardStage(self.stream, self.counted.source)
         else:
-            assert source is not None
+            rows = source
             if self.measure:
                 self.facts[SIZES_FACT] = "not compared: the activations are there, and training runs no model"
-            per_row, rows = timed(lambda: next(source, None), self.stream.sites)
-        weights, per_step, measuring = self._sae(rows, schedule, evals)
+        if self.options.d_in not in (None, self.ports.d_in):
+            self.facts["duration"] = "not measured: the SAE is not as wide as its activations"
+            return
+        seconds = Stopwatch()
+        with seconds():
+            first = next(rows, None)
+        if first is None:
+            raise DataError("there are no activations to time; is there any text?")
+        trainer, weights = self._trainer(first, schedule)
+        found = self._rehearsed(rows, trainer, (first, seconds.seconds / len(first)), runs_model=runs_model)
+        evaluated, cold = self._measuring(trainer, evals)
+        self._put_together(found, weights, evaluated, cold, runs_model=runs_model)
+
+    def _put_together(
+        self, found: Rehearsed, weights: float, evaluated: float | None, cold: float, *, runs_model: bool
+    ) -> None:
+        """``evaluated``: seconds of one measuring, and ``cold`` what the first takes beyond."""
         training, size = self.config.training, self.world.size
         batch = max(training.train_batch_size_tokens // size, 1)
-        served = self._served() if runs_model else Served(capacity=batch, forward=batch, ahead=False, beside=False)
-        filling, waiting = ran_ahead(served, batch, training.steps, per_row, per_step)
+        served = Served(capacity=batch, forward=batch, ahead=False)
+        if runs_model:
+            source, forward = self.counted.source, self.counted.rows_per_forward()
+            served = Served(
+                capacity=forward * source.buffered, forward=forward, ahead=source.ahead, shared=found.shared
+            )
+        mean_step = found.mean_step(training.steps, training.dead_after)
+        filling, waiting = ran_ahead(served, batch, training.steps, found.per_row, mean_step)
+        number = evals_of(self.config)
         times = Times(
             opening=self.opening,
             filling=filling,
             weights=weights,
             forwards=waiting,
-            steps=per_step * training.steps,
-            step=per_step,
-            evals=measuring,
+            steps=mean_step * training.steps,
+            step=found.step,
+            cold=found.cold,
+            evals=None if evaluated is None else number * evaluated + cold,
+            evals_before=0.0 if not evaluated or number < 2 else (number - 1) * evaluated + cold,
             saving=self._saving(),
+            pictures=self._pictures(),
         )
+        copies = self._copies(times.last)
+        if times.evals is not None and not copies:
+            self.counted.forget_copies()
+        times = attrs.evolve(times, copies=copies * timed_copy(self.counted.numbers.get("checkpoint_bytes", 0.0)))
         self.numbers |= times.numbers()
         if runs_model:
-            self.counted.time_recipe(per_row)
-        if measuring is not None and not self._saves_meanwhile(times.last + measuring):
-            self.counted.forget_copies()
+            self.counted.time_recipe(found.per_row)
         what = "the model" if runs_model else "reading activations"
         self.facts["duration"] = times.text(what, messages=size > 1)
 
-    def _saves_meanwhile(self, seconds: float) -> bool:
-        """Whether a checkpoint may come before the end of about so many ``seconds``."""
+    def _copies(self, seconds: float) -> int:
+        """How many checkpoints may come before the last step, of a run whose steps end after about so many seconds."""
         chosen = self.config.checkpoints
-        return bool(chosen.n_checkpoints) or 0 < 60 * chosen.every_minutes <= _UNSURE * seconds
+        every = 60 * chosen.every_minutes
+        by_clock = int(_UNSURE * seconds / every) if chosen.keep_last and every > 0 else 0
+        return chosen.n_checkpoints + by_clock
 
-    def _served(self) -> Served:
-        chosen = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        forward = self.counted.rows_per_forward()
-        device = resolve_device(self.config.training.device, "training.device", self.options.dtype)
-        return Served(
-            capacity=forward * getattr(chosen, "n_batches_in_buffer", 1),
-            forward=forward,
-            ahead=bool(getattr(chosen, "prefetch", False)),
-            beside=torch.device(self.backend.device) != torch.device(device),
-        )
-
-    def _sae(self, rows: Batch, schedule: Any, evals: Mapping[str, Eval]) -> tuple[float, float, float | None]:
-        """Seconds of its first weights, of a step, and of all evals; with what is seen in the first step."""
-        config, world = in_step(self.config, self.world), self.world
-        if self.options.d_in not in (None, self.ports.d_in):
-            return 0.0, 0.0, None
-        clock = Stopwatch()
+    def _trainer(self, rows: Batch, schedule: Any) -> tuple[SAETrainer, float]:
+        """An SAE in training, with its first weights, and how many seconds that takes."""
+        config, clock = in_step(self.config, self.world), Stopwatch()
         with clock():
             trainer = make_trainer(
                 config,
@@ -122,33 +154,71 @@ class TimedRun:
                 self.options,
                 self.ports,
                 schedule,
-                world=world.column,
+                world=self.world.column,
             )
             give_weights(trainer, config, self.corpus, lambda: rows.activations, self.start)
         self.facts["SAE step"] = trainer.step_path()
-        if world.features.size == 1:  # of a part, nothing is known of the whole
-            self._first_step(trainer, rows)
-        per_step = timed_steps(trainer, rows)
-        return clock.seconds, per_step, self._measuring(trainer, evals)
+        return trainer, clock.seconds
 
-    def _measuring(self, trainer: SAETrainer, evals: Mapping[str, Eval]) -> float | None:
-        times = evals_of(self.config)
-        if not times:
+    def _rehearsed(self, rows: Any, trainer: SAETrainer, first: tuple[Batch, float], *, runs_model: bool) -> Rehearsed:
+        """A few batches, as the loop makes them."""
+
+        def look(metrics: Mapping[str, float | Histogram]) -> None:
+            self.logged = metrics
+            if self.world.features.size == 1:  # of a part, nothing is known of the whole
+                self._first_step(trainer, metrics)
+
+        beside = torch.device(self.backend.device) != torch.device(trainer.device)  # and so nothing is shared
+        found, peak = resident_peak(
+            lambda: rehearsed(
+                rows,
+                trainer,
+                first,
+                forward=self.counted.rows_per_forward() if runs_model else 0,
+                ahead=runs_model and self.counted.source.ahead,
+                alone=0.0 if beside else 1.0,
+                look=look,
+            )
+        )
+        if torch.device(self.counted.buffer_device).type == "cpu":  # what is mixed is less here than in the run
+            self.rows_missing = max(self.counted.numbers.get("buffer_bytes", 0.0) - found.held, 0.0)
+        self._note(peak)
+        return found
+
+    def _note(self, peak: float | None) -> None:
+        """``peak``: the most bytes that this process had while it did a part of a run, without all of the buffer."""
+        if peak is not None:
+            self.peak = max(self.peak or 0.0, peak + self.rows_missing)
+
+    def _pictures(self) -> float:
+        """Seconds to draw them."""
+        if not self.config.reports.pictures or not self.world.main:
             return 0.0
+        seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+        self._note(peak)
+        return seconds
+
+    def _measuring(self, trainer: SAETrainer, evals: Mapping[str, Eval]) -> tuple[float | None, float]:
+        """Seconds of one measuring, None where that cannot be told; and what the first takes beyond that."""
+        if not evals_of(self.config):
+            return 0.0, 0.0
         if self.world.size > 1 or not evals:
-            return None
+            return None, 0.0
         contexts = self.corpus.held_out(self.backend, seed=0) if self.config.evals.reads_text else None
         with self.stream.model_lock:
             try:
-                return times * timed_eval(self.config, trainer, self.backend, evals, contexts)
+                found, peak = resident_peak(lambda: timed_eval(self.config, trainer, self.backend, evals, contexts))
             except Exception as error:  # evals of plugins raise what they like, and the run itself goes on without
                 self.warnings.append(f"evals could not be timed: {reason(error)}")
-                return None
+                return None, 0.0
+        self._note(peak)
+        return found
 
-    def _first_step(self, trainer: SAETrainer, rows: Batch) -> None:
+    def _first_step(self, trainer: SAETrainer, metrics: Mapping[str, float | Histogram]) -> None:
         """The features that no activation makes fire before anything is learned."""
-        silent, share = silent_at_start(trainer, rows)
-        d_sae, n = trainer.sae.d_sae, min(len(rows), trainer.training.train_batch_size_tokens)
+        silent = int((trainer.firing.since_fired > 0).sum())
+        d_sae, n = trainer.sae.d_sae, trainer.tokens
+        share = float(metrics["metrics/l0"]) * n / d_sae  # type: ignore[arg-type]  # how often the average one fires
         self.numbers["silent_at_start"] = silent
         self.facts["silent at start"] = f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens"
         if silent > d_sae / 2 and share > _FIRINGS:  # with fewer, chance alone leaves many out
@@ -176,5 +246,12 @@ class TimedRun:
             size = self.counted.numbers.get("forward_bytes", 0.0)
             with self.stream.model_lock:
                 self.facts |= told_of_ways(
-                    self.config, self.plugins, self.backend, tokens, size, rows=rows, alone=self.alone
+                    self.config,
+                    self.plugins,
+                    self.backend,
+                    tokens,
+                    size,
+                    self.counted.source,
+                    rows=rows,
+                    alone=self.alone,
                 )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import attrs
 import torch
 
-from saekit.abilities import HasMemory, KeepsRecipe
+from saekit.abilities import HasMemory, KeepsRecipe, SourceForwards, StatesForwards
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
 from saekit.devices import resolve_device
@@ -37,7 +37,7 @@ __all__ = ["Sizes", "devices_of"]
 
 _TOKENIZING = 71e6
 """Bytes of a process that tokenizes: as measured with a tokenizer of 50,000 tokens on Linux."""
-_PROMPTS = 16  # contexts in one forward of what does not say how many it takes
+_PROMPTS = 16  # contexts in one forward of an eval that does not say how many it takes
 
 
 @attrs.define
@@ -66,6 +66,8 @@ class Sizes:
     """Bytes that the run folder grows to."""
     saved: float = 0
     """Bytes of an SAE as it is saved."""
+    source: SourceForwards = attrs.field(factory=SourceForwards)
+    """How the source runs the model."""
 
     @property
     def backend(self) -> ModelBackend:
@@ -73,6 +75,8 @@ class Sizes:
 
     def count(self, source: ActivationSource | None) -> Sizes:
         """All of it, for batches from ``source``, if it could be opened."""
+        if isinstance(source, StatesForwards):
+            self.source = source.forwards
         item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
         # Memory is taken as it is written to, so this takes none.
         sae = build_module(item, self.options, self.ports, self.plugins)
@@ -165,9 +169,8 @@ class Sizes:
         if not forwards or not self.config.checkpoints.keep_last:
             return rows
         # A short run does not come to as many.
-        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
         trained = self.config.training.total_tokens // self.world.size // self.rows_per_forward()
-        made = max(trained + getattr(options, "n_batches_in_buffer", 0), 1)
+        made = max(trained + self.source.buffered, 1)
         recipe, forwards = recipe * min(made, forwards) // forwards, min(made, forwards)
         self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
         chosen = self.config.checkpoints.buffer == "recipe"
@@ -219,7 +222,7 @@ class Sizes:
         held = [
             Need(Of.MODEL, model, self._model_bytes()),
             Need(Of.SAE, training, trained),
-            Need(Of.BUFFER, self._buffer_device(model), buffer),
+            Need(Of.BUFFER, self.buffer_device, buffer),
         ]
         step, forward, evaluated = step_bytes(sae, in_step(self.config, self.world).training, training), 0, 0
         features = eval_bytes(sae, self._eval_prompts() * self.corpus.context_size)
@@ -260,22 +263,16 @@ class Sizes:
         read = {site.hook_name for site in self.stream.sites}
         source = self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source)
         training = self._peak(
-            self._prompts() if source.entry.needs_text else 0, lambda tokens: self.backend.run(tokens, read=read)
+            self.source.contexts if source.entry.needs_text else 0, lambda tokens: self.backend.run(tokens, read=read)
         )
         prompts = self._eval_prompts()
         evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
         return training, evaluated + (self._compared_logits(prompts) if evaluated else 0)
 
-    def _prompts(self) -> int:
-        """Contexts in one forward of the source."""
-        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        return int(getattr(options, "store_batch_size_prompts", _PROMPTS))
-
     @property
     def tokenizing(self) -> float:
         """Bytes of the processes that tokenize."""
-        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        return _TOKENIZING * int(getattr(options, "tokenize_processes", 0))
+        return _TOKENIZING * self.source.tokenizing
 
     def told_of_tokenizing(self) -> str:
         """The end of a sentence on the memory of the process; empty where there are none."""
@@ -285,7 +282,7 @@ class Sizes:
 
     def rows_per_forward(self) -> int:
         """Rows of one forward of the source, at most."""
-        return self._prompts() * self.stream.rows_per_context(self.corpus.context_size)
+        return self.source.contexts * self.stream.rows_per_context(self.corpus.context_size)
 
     def _compared_logits(self, prompts: int) -> int:
         """What logits take that are compared with those of the clean forward: both, in float32."""
@@ -326,10 +323,10 @@ class Sizes:
             return 0
         return found * prompts // len(tokens)
 
-    def _buffer_device(self, model: str) -> str:
-        options = self.plugins.options(ACTIVATION_SOURCES, self.config.activations.source)
-        asked = getattr(options, "act_store_device", "cpu")
-        return model if asked == "with_model" else _device(asked, self.config.model.dtype)
+    @property
+    def buffer_device(self) -> str:
+        """Where the rows of the source wait."""
+        return self.source.device or _device(self.config.model.device, self.config.model.dtype)
 
     # ---- the cache
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -16,17 +18,27 @@ from torch import Tensor
 from saekit.config import TrainConfig
 from saekit.evals.calling import Asked, all_called
 from saekit.files.tensors import save_tensors
+from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
+from saekit.reports.folder import read_run
+from saekit.reports.pictures import pictures_after
 from saekit.runs.planned_memory import standing_place
 from saekit.runs.randomness import seeded
+from saekit.runs.record import RunRecord
 from saekit.runs.timing import duration_text
 from saekit.training.metrics import weight_metrics
 from saekit.training.trainer import SAETrainer
+from saekit.values import Histogram
 
-__all__ = ["Served", "Stopwatch", "Times", "evals_of", "ran_ahead", "timed_eval", "timed_writing"]
+__all__ = [
+    "Served", "Stopwatch", "Times", "evals_of", "ran_ahead", "timed_copy", "timed_eval", "timed_pictures",
+    "timed_writing",
+]  # fmt: skip
 
-_FEW = 8  # contexts that an eval is timed on
+_FEW = 16  # contexts that an eval is timed on first
+_SECONDS = 3.0  # for which it is timed on more
 _WRITTEN = 1 << 26  # bytes that writing is timed with, at most
+_LOGGED = 20_000  # records, at most, that pictures are timed with
 _BATCHES = 20_000  # after which the rest of a run is as what came before
 
 
@@ -61,24 +73,33 @@ class Times:
     steps: float
     step: float
     """One of them."""
+    cold: float = 0.0
+    """What the first forward and the first step take beyond the others."""
+    copies: float = 0.0
+    """For which checkpoints hold up the steps."""
     evals: float | None
     """None: not known."""
+    evals_before: float = 0.0
+    """Of these, those of evals that come before the last step."""
     saving: float
+    pictures: float = 0.0
+    """That are drawn when all else is done."""
 
     @property
     def first(self) -> float:
         """The end of the first step, from the beginning of the run."""
-        return self.opening + self.filling + self.weights + self.step
+        return self.opening + self.filling + self.weights + self.cold + self.step
 
     @property
     def end(self) -> float:
         """Of the run."""
-        return self.last + (self.evals or 0.0) + self.saving
+        return self.last + (self.evals or 0.0) - self.evals_before + self.saving + self.pictures
 
     @property
     def last(self) -> float:
-        """The end of the last step, as if all evals came after it."""
-        return self.opening + self.filling + self.weights + self.forwards + self.steps
+        """The end of the last step."""
+        before = self.opening + self.filling + self.weights + self.cold
+        return before + self.forwards + self.steps + self.copies + self.evals_before
 
     def numbers(self) -> dict[str, float]:
         """By name."""
@@ -86,9 +107,10 @@ class Times:
             "opening_seconds": self.opening,
             "filling_seconds": self.filling,
             "forward_seconds": self.filling + self.forwards,
-            "step_seconds": self.steps,
+            "step_seconds": self.cold + self.steps,
             **({} if self.evals is None else {"eval_seconds": self.evals}),
-            "saving_seconds": self.weights + self.saving,
+            "saving_seconds": self.weights + self.copies + self.saving,
+            "picture_seconds": self.pictures,
             "first_step_seconds": self.first,
             "last_step_seconds": self.last,
             "seconds": self.end,
@@ -97,10 +119,13 @@ class Times:
     def text(self, what: str, *, messages: bool) -> str:
         """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted."""
         parts = [f"opening {duration_text(self.opening)}"]
-        parts += [f"{what} {duration_text(self.filling + self.forwards)}", f"the SAE {duration_text(self.steps)}"]
+        parts.append(f"{what} {duration_text(self.filling + self.forwards)}")
+        parts.append(f"the SAE {duration_text(self.cold + self.steps)}")
         if self.evals:
             parts.append(f"evals {duration_text(self.evals)}")
-        parts.append(f"weights and saving {duration_text(self.weights + self.saving)}")
+        parts.append(f"weights and saving {duration_text(self.weights + self.copies + self.saving)}")
+        if self.pictures:
+            parts.append(f"pictures {duration_text(self.pictures)}")
         left = ["messages"] * messages + ["evals"] * (self.evals is None)
         missing = f"; {' and '.join(left)} not counted" if left else ""
         return (
@@ -119,14 +144,15 @@ class Served:
     """Rows of one forward."""
     ahead: bool
     """Whether forwards are made while steps are."""
-    beside: bool
-    """Whether these take nothing away from the steps, as on two devices."""
+    shared: float = 1.0
+    """How much of the time of such a forward is added to the steps: 1 where both need all of the processors, 0 where
+    they share nothing, as on two devices."""
 
 
 def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step: float) -> tuple[float, float]:
     """Seconds until the first batch is there, and what forwards add to the steps after that.
 
-    A thread that runs the model while an SAE trains shares the processors with it: both then take as much longer.
+    A thread that runs the model while an SAE trains may share the processors with it: both then take longer.
     """
     filling = served.capacity * per_row
     most = -(-batch // served.forward) * served.forward  # rows that the thread makes before somebody takes them
@@ -141,7 +167,7 @@ def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step
         if served.ahead:
             made = min(free, most, per_step / per_row)
             free, waiting = free - made, waiting + made
-            added += 0.0 if served.beside else made * per_row
+            added += served.shared * made * per_row
     return filling, added * max(batches, 1) / max(min(batches, _BATCHES), 1)
 
 
@@ -155,22 +181,32 @@ def evals_of(config: TrainConfig) -> int:
 
 def timed_eval(
     config: TrainConfig, trainer: SAETrainer, backend: ModelBackend, evals: Mapping[str, Eval], contexts: Tensor | None
-) -> float:
-    """Seconds of one measuring, by that of a few contexts; raises what evals raise."""
-    few = None if contexts is None else contexts[:_FEW]
-    weights, measured = Stopwatch(), Stopwatch()
+) -> tuple[float, float]:
+    """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise."""
+    weights = Stopwatch()
+
+    def measured(some: Tensor | None) -> float:
+        clock = Stopwatch()
+        with clock():
+            all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=some)
+        return clock.seconds
+
     try:
         with seeded(config.training.seed):
             with weights():
                 sae = trainer.raw_sae()
                 weight_metrics(sae)
-            with measured():
-                all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=few)
+            few = None if contexts is None else contexts[:_FEW]
+            first = measured(few)
+            if contexts is None or few is None or not len(few) or first > _SECONDS:
+                times = len(contexts) / len(few) if contexts is not None and few is not None and len(few) else 1.0
+                return weights.seconds + times * first, 0.0
+            most = min(int(_FEW * _SECONDS / first) // _FEW * _FEW, len(contexts))
+            again = measured(contexts[:most]) / most
     finally:
         for parameter in trainer.sae.parameters():
             parameter.grad = None
-    times = 1.0 if contexts is None or few is None or not len(few) else len(contexts) / len(few)
-    return weights.seconds + times * measured.seconds
+    return weights.seconds + len(contexts) * again, max(first - len(few) * again, 0.0)
 
 
 def timed_writing(folder: str, size: float) -> float:
@@ -185,3 +221,36 @@ def timed_writing(folder: str, size: float) -> float:
     except OSError:  # whether a run may write there is found out elsewhere
         return 0.0
     return took * size / len(some)
+
+
+def timed_copy(size: float) -> float:
+    """Seconds to copy so many bytes in memory, as a checkpoint is before it is written."""
+    some = torch.ones(int(min(max(size, 1), _WRITTEN)), dtype=torch.uint8)
+    clock = Stopwatch()
+    with clock():
+        some.clone()
+    return clock.seconds * size / len(some)
+
+
+def timed_pictures(config: TrainConfig, plugins: PluginManager, metrics: Mapping[str, float | Histogram]) -> float:
+    """Seconds to draw the pictures of a run that has logged such ``metrics`` as often as this one will.
+
+    It is drawn in a temporary folder, of which nothing stays.
+    """
+    training = config.training
+    logged = min(training.steps // training.log_frequency + 1, _LOGGED)
+    numbers = {name: value for name, value in metrics.items() if not isinstance(value, Histogram)}
+    with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of pictures that cannot be drawn, the run warns
+        folder = Path(temporary)
+        RunRecord(folder, {"sae": "."}).write({"sae": config}, plugins)
+        home = read_run(folder).saes["sae"]
+        lines = [
+            {**numbers, "step": number + 1, "details/n_training_tokens": training.total_tokens * number // logged}
+            for number in range(logged)
+        ]
+        home.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        clock = Stopwatch()
+        with clock():
+            pictures_after(folder)
+    return clock.seconds

@@ -14,6 +14,8 @@ from saekit.abilities import (
     KeepsRecipe,
     Pauses,
     SharesRows,
+    SourceForwards,
+    StatesForwards,
     StatesRows,
     StatesWidths,
     TakesStates,
@@ -35,6 +37,7 @@ class SupervisedSource:
 
     widths: Mapping[Site, int]
     rows: int
+    forwards: SourceForwards
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
     recipe_size: Callable[[], tuple[int, int]]
@@ -55,6 +58,9 @@ class SupervisedSource:
         with self._blamed("rows"):
             if isinstance(source, StatesRows):
                 self.rows = self._count(source.rows)
+        with self._blamed("forwards"):
+            if isinstance(source, StatesForwards):
+                self.forwards = self._stated_forwards(source.forwards)
         with self._blamed("copies_state"):
             if isinstance(source, CopiesState):
                 self.copies_state = source.copies_state is True
@@ -85,6 +91,12 @@ class SupervisedSource:
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 0:
             raise returned(self._item, "rows", rows, "expected how many rows one reading has, a whole number")
         return rows
+
+    def _stated_forwards(self, stated: object) -> SourceForwards:
+        if not isinstance(stated, SourceForwards) or min(stated.contexts, stated.buffered) < 1 or stated.tokenizing < 0:
+            expected = "expected saekit.abilities.SourceForwards with 1 or more contexts and forwards buffered"
+            raise returned(self._item, "forwards", stated, expected)
+        return stated
 
     def _watched(self, doing: str, work: Callable[[], _T]) -> Callable[[], _T]:
         def watched() -> _T:

@@ -1,82 +1,16 @@
-"""Seconds of a few forwards and steps, and how sizes and times are told."""
+"""The least seconds of work, and how sizes and times are told."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
-from saekit.data import ActivationStream, Contexts, StreamContext
 from saekit.devices import synchronize
-from saekit.errors import DataError
-from saekit.site import Site
-from saekit.training.trainer import SAETrainer
-from saekit.values import Batch
 
-__all__ = [
-    "bytes_text", "duration_text", "least_seconds", "silent_at_start", "timed", "timed_forwards", "timed_steps",
-]  # fmt: skip
-
-_FORWARDS, _STEPS = 4, 3  # the first of each is not counted
-_BARREN = 16  # forwards without a token that counts, after which no more are looked at
-
-
-def timed_forwards(stream: StreamContext, take: Callable[[int], Contexts]) -> tuple[float, Batch]:
-    """Seconds per token, and the activations that came out."""
-    activations = ActivationStream(stream, 8)
-
-    def forward() -> Batch | None:
-        for _ in range(_BARREN):
-            contexts = take(8)
-            if not len(contexts):
-                return None
-            if len(batch := activations.run(contexts)):
-                synchronize(batch.activations[stream.sites[0]].device)
-                return batch
-        raise DataError(
-            f"no token of {8 * _BARREN} contexts one after the other counts (tokens.exclude_special_tokens, "
-            "tokens.seqpos_slice, tokens.mask_column)"
-        )
-
-    return timed(forward, stream.sites)
-
-
-def timed(make: Callable[[], Batch | None], sites: Sequence[Site]) -> tuple[float, Batch]:
-    """The least seconds per token of a few batches, of which the first does not count, and all their rows.
-
-    The least, since whatever else a machine does can only make a batch slower.
-    """
-    times: list[float] = []
-    parts: list[Batch] = []
-    for _ in range(_FORWARDS):
-        start = time.perf_counter()
-        if (batch := make()) is None:
-            break
-        times.append((time.perf_counter() - start) / len(batch))
-        parts.append(batch)
-    if not parts:
-        raise DataError("there are no activations to time; is there any text?")
-    rows = {site: torch.cat([part.activations[site] for part in parts]) for site in sites}
-    origins = [_joined([getattr(part, name) for part in parts]) for name in ("tokens", "documents", "positions")]
-    return min(times[1:] or times), Batch(rows, *origins)
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    there = [part for part in parts if part is not None]
-    return torch.cat(there) if len(there) == len(parts) else None
-
-
-def timed_steps(trainer: SAETrainer, rows: Batch) -> float:
-    """Seconds per step of the real trainer on a full batch."""
-    batch = _batch(trainer, rows)
-    return least_seconds(
-        lambda: trainer.train_on(*trainer.rows_of(batch), batch),
-        trainer.device,
-        most=min(_STEPS, trainer.training.steps),
-    )
+__all__ = ["bytes_text", "duration_text", "least_seconds"]
 
 
 def least_seconds(
@@ -96,25 +30,6 @@ def least_seconds(
         synchronize(device)
         times.append(time.perf_counter() - start)
     return min(times[1:] or times)
-
-
-def silent_at_start(trainer: SAETrainer, rows: Batch) -> tuple[int, float]:
-    """Features that fire on none of ``rows`` in the first step, and how often the average feature does.
-
-    Makes that step.
-    """
-    batch = _batch(trainer, rows)
-    result = trainer.train_on(*trainer.rows_of(batch), batch)
-    silent = int((trainer.firing.since_fired > 0).sum())
-    return silent, float(result["metrics/l0"]) * len(batch) / trainer.sae.d_sae  # type: ignore[arg-type]
-
-
-def _batch(trainer: SAETrainer, rows: Batch) -> Batch:
-    """As many of ``rows`` as a step takes, from the beginning again where there are fewer."""
-    training = trainer.training
-    size = min(training.train_batch_size_tokens, training.total_tokens)
-    taken = torch.arange(size) % len(rows)
-    return rows.at(taken)
 
 
 def bytes_text(size: float) -> str:

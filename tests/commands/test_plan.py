@@ -30,6 +30,7 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert numbers["step_seconds"] > 0
     parts = ("opening", "forward", "step", "eval", "saving")
     assert all(numbers[f"{part}_seconds"] > 0 for part in parts)
+    assert numbers["picture_seconds"] == 0, "none are drawn"
     assert numbers["seconds"] == pytest.approx(sum(numbers[f"{part}_seconds"] for part in parts))
     assert numbers["first_step_seconds"] < numbers["last_step_seconds"] < numbers["seconds"]
     result = saekit.train(config, model=model)

@@ -14,7 +14,16 @@ from support.runs import fake_config, manager, train
 from torch import Tensor
 
 import saekit
-from saekit.abilities import HasMemory, HasTokenizer, Pauses, StatesRows, StatesWidths, TakesCheckpoints
+from saekit.abilities import (
+    HasMemory,
+    HasTokenizer,
+    Pauses,
+    SourceForwards,
+    StatesForwards,
+    StatesRows,
+    StatesWidths,
+    TakesCheckpoints,
+)
 from saekit.data.shared import SharedForwards
 from saekit.errors import PluginFailedError
 from saekit.kinds import ACTIVATION_SOURCES
@@ -24,7 +33,14 @@ from saekit.testing import FakeBackend, fake_plugin
 from saekit.values import Batch, Metrics
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
-MEMBERS = {Pauses: "pause", StatesRows: "rows", StatesWidths: "widths", HasMemory: "memory_bytes"}
+MEMBERS = {
+    Pauses: "pause",
+    StatesRows: "rows",
+    StatesWidths: "widths",
+    StatesForwards: "forwards",
+    HasMemory: "memory_bytes",
+}
+FORWARDS = SourceForwards(contexts=3, buffered=5, tokenizing=1)
 
 
 class Source:
@@ -59,6 +75,7 @@ OWN: dict[str, Any] = {
     "pause": _pause,
     "rows": property(lambda self: 1000),
     "widths": property(lambda self: {SITE: FakeBackend.d_model}),
+    "forwards": property(lambda self: FORWARDS),
     "memory_bytes": lambda self: 4096,
 }
 
@@ -80,7 +97,7 @@ def is_there(found: object, name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("names", [some for n in range(5) for some in itertools.combinations(OWN, n)], ids=", ".join)
+@pytest.mark.parametrize("names", [some for n in range(6) for some in itertools.combinations(OWN, n)], ids=", ".join)
 def test_a_supervised_source_can_do_what_the_source_can(names: tuple[str, ...]) -> None:
     source: Any = source_with(set(names))()
     found = supervised(source)
@@ -89,7 +106,7 @@ def test_a_supervised_source_can_do_what_the_source_can(names: tuple[str, ...]) 
     if "pause" in names:
         found.pause()
         assert source.paused == 1
-    for name, value in (("rows", 1000), ("widths", {SITE: FakeBackend.d_model})):
+    for name, value in (("rows", 1000), ("widths", {SITE: FakeBackend.d_model}), ("forwards", FORWARDS)):
         assert name not in names or getattr(found, name) == value
     assert "memory_bytes" not in names or found.memory_bytes() == 4096
 
@@ -125,6 +142,9 @@ def fails(error: BaseException) -> Any:
             ": widths returned .* expected a width of 1 or more for blocks.0",
         ),
         ({"rows": property(fails(ValueError("no rows")))}, "failed in rows: ValueError: no rows"),
+        ({"forwards": property(fails(ValueError("none")))}, "failed in forwards: ValueError: none"),
+        ({"forwards": SourceForwards(contexts=0)}, ": forwards returned .* with 1 or more contexts"),
+        ({"forwards": (16, 32)}, ": forwards returned .* expected saekit.abilities.SourceForwards"),
         ({"rows": lambda self, n: n}, ": rows returned .*, expected how many rows one reading has, a whole number"),
     ],
 )

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import attrs
 import numpy as np
 import pytest
 import torch
 from support.tiny import run_config
 
 import saekit
+from saekit.abilities import SourceForwards
 from saekit.config.files import load_config
 from saekit.data.activations import ActivationStream
 from saekit.errors import ConfigError
@@ -38,19 +40,21 @@ def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(ActivationStream, "run", counted)
     saekit.train(config)
-    served = Served(capacity=4 * 8 * 32, forward=8 * 32, ahead=False, beside=False)
+    served = Served(capacity=4 * 8 * 32, forward=8 * 32, ahead=False)
     filling, added = ran_ahead(served, 256, 16, per_row=1.0, per_step=5.0)
     assert (filling, filling + added) == (1024, sum(made))
 
 
 def test_what_a_thread_makes_takes_from_the_steps_as_much() -> None:
     slow = {"per_row": 1.0, "per_step": 100.0}
-    served = Served(capacity=1000, forward=100, ahead=True, beside=False)
+    served = Served(capacity=1000, forward=100, ahead=True)
     assert ran_ahead(served, 100, 3, **slow) == (1000, 300), "a forward for each batch, and no refill yet"
-    beside = Served(capacity=1000, forward=100, ahead=True, beside=True)
+    beside = Served(capacity=1000, forward=100, ahead=True, shared=0.0)
     assert ran_ahead(beside, 100, 3, **slow) == (1000, 0)
     assert ran_ahead(beside, 100, 7, **slow) == (1000, 0), "all is there when it is refilled"
     assert ran_ahead(beside, 100, 7, per_row=1.0, per_step=40.0) == (1000, 300), "what the thread has not made by then"
+    half = Served(capacity=1000, forward=100, ahead=True, shared=0.5)
+    assert ran_ahead(half, 100, 3, **slow) == (1000, 150), "what they share"
     _, some = ran_ahead(served, 100, 20_000, **slow)
     _, twice = ran_ahead(served, 100, 40_000, **slow)
     assert twice == pytest.approx(2 * some)
@@ -60,6 +64,8 @@ def test_a_run_is_its_parts() -> None:
     times = Times(opening=8, filling=5, weights=1, forwards=20, steps=30, step=3, evals=7, saving=2)
     assert (times.first, times.last, times.end) == (17, 64, 73)
     assert times.numbers()["seconds"] == 73
+    more = attrs.evolve(times, cold=0.5, copies=0.25, evals_before=4.0, pictures=6.0)
+    assert (more.first, more.last, more.end) == (17.5, 68.75, 79.75), "four of the seven seconds of evals come before"
     assert times.text("the model", messages=False) == (
         "about 73 s, the first step after 17 s: opening 8 s, the model 25 s, the SAE 30 s, evals 7 s, weights and "
         "saving 3 s"
@@ -114,6 +120,12 @@ def test_evals_hold_fewer_logits_on_a_cpu() -> None:
 
 
 # ---- other ways to run the model
+
+
+def _live(buffered: int) -> SourceForwards:
+    """What the source says whose forwards have 16 contexts."""
+    prompts, forwards = "activations.source.store_batch_size_prompts", "activations.source.n_batches_in_buffer"
+    return SourceForwards(contexts=16, buffered=buffered, contexts_option=prompts, buffered_option=forwards)
 
 
 def test_what_noise_may_have_made_does_not_pay() -> None:
@@ -180,8 +192,7 @@ def test_advice_is_what_a_run_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     backend: Any = Backend()
     tokens = torch.zeros(64, 4, dtype=torch.long)
     plugins = saekit.default_manager()
-    options = plugins.options(ACTIVATION_SOURCES, config.activations.source)
-    text = other_ways._of_sizes(config, backend, tokens, 16, options, 1.0, 128)
+    text = other_ways._of_sizes(config, backend, tokens, _live(32), 1.0, 128)
     lines = "activations.source.store_batch_size_prompts=32", "activations.source.n_batches_in_buffer=16"
     assert f"write {lines[0]} and {lines[1]}, for a buffer of the same size" in text
     changed: Any = plugins.options(ACTIVATION_SOURCES, load_config(config, lines).activations.source)
@@ -201,8 +212,7 @@ def test_only_what_a_run_takes_is_compared(n: int, sizes: list[int], monkeypatch
     monkeypatch.setattr(other_ways, "free_memory", lambda devices: {})
     config = load_config({"activations": {"source": {"name": "live", "n_batches_in_buffer": n}}})
     backend: Any = SimpleNamespace(device="cpu")
-    options = saekit.default_manager().options(ACTIVATION_SOURCES, config.activations.source)
-    other_ways._of_sizes(config, backend, torch.zeros(64, 4, dtype=torch.long), 16, options, 1.0, 128)
+    other_ways._of_sizes(config, backend, torch.zeros(64, 4, dtype=torch.long), _live(n), 1.0, 128)
     assert tried == sizes
 
 
@@ -212,22 +222,24 @@ def test_where_nothing_is_compared_it_says_why(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(other_ways, "_of_sizes", lambda *given: "16: the run's is as good as any")
     tokens, backend = torch.zeros(64, 4, dtype=torch.long), SimpleNamespace(device="cpu")
     given: Any = load_config({}), saekit.default_manager(), backend, tokens, 1.0
-    assert other_ways.told_of_ways(*given, rows=4, alone=False) == {
+    unnamed = other_ways.told_of_ways(*given, SourceForwards(), rows=4, alone=False)
+    assert unnamed["contexts in a forward"] == "not compared: the source does not let them be chosen"
+    assert other_ways.told_of_ways(*given, _live(32), rows=4, alone=False) == {
         "contexts in a forward": "16: the run's is as good as any",
         "model.compile": "not compared: the model was passed, and a second copy cannot be loaded",
     }
 
 
-@pytest.mark.parametrize(
-    ("minutes", "seconds", "saves"), [(1, 39, False), (1, 41, True), (1, 100, True), (0, 100, False)]
-)
-def test_a_copy_is_forgotten_where_the_end_is_clearly_first(minutes: float, seconds: float, saves: bool) -> None:
+@pytest.mark.parametrize(("minutes", "seconds", "copies"), [(1, 39, 0), (1, 41, 1), (1, 100, 2), (0, 100, 0)])
+def test_a_copy_is_forgotten_where_the_end_is_clearly_first(minutes: float, seconds: float, copies: int) -> None:
     run: Any = SimpleNamespace(config=load_config({"checkpoints": {"every_minutes": minutes}}))
-    assert planned_duration.TimedRun._saves_meanwhile(run, seconds) == saves
+    assert planned_duration.TimedRun._copies(run, seconds) == copies
+    run.config = load_config({"checkpoints": {"every_minutes": minutes, "n_checkpoints": 3}})
+    assert planned_duration.TimedRun._copies(run, seconds) == copies + 3
 
 
 def test_evals_that_fail_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(*given: Any) -> float:
+    def failing(*given: Any) -> tuple[float, float]:
         raise RuntimeError("no such thing")
 
     monkeypatch.setattr(planned_duration, "timed_eval", failing)
@@ -246,8 +258,10 @@ def test_a_verdict_counts_what_is_no_tensor() -> None:
 
 
 def test_evals_are_part_of_the_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned_duration, "timed_eval", lambda *given: 1000.0)
+    monkeypatch.setattr(planned_duration, "timed_eval", lambda *given: (1000.0, 50.0))
     found = saekit.plan(run_config(tmp_path, evals={"every_n_steps": 4}))
-    assert found.numbers["eval_seconds"] == 2000
-    assert found.numbers["seconds"] - found.numbers["last_step_seconds"] > 2000
-    assert "evals 33 min" in found.facts["duration"]
+    numbers = found.numbers
+    assert numbers["eval_seconds"] == 2050
+    assert numbers["last_step_seconds"] > 1050, "one of them comes before the last step, and it is the slow one"
+    assert 1000 < numbers["seconds"] - numbers["last_step_seconds"] < 1900
+    assert "evals 34 min" in found.facts["duration"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import Batch, ConfigError, Entry, Site, hookimpl
+from saekit.abilities import SourceForwards
 from saekit.config import Dtype, check
 from saekit.devices import resolve_device
 
@@ -115,6 +116,20 @@ class LiveSource:
                     "act_store_device or dtype"
                 ) from error
         return self._made
+
+    @property
+    def forwards(self) -> SourceForwards:
+        """As the options have it."""
+        config = self._config
+        return SourceForwards(
+            contexts=config.store_batch_size_prompts,
+            buffered=config.n_batches_in_buffer,
+            ahead=self._prefetched is not None,
+            tokenizing=config.tokenize_processes,
+            device=None if config.act_store_device == "with_model" else self._device,
+            contexts_option="activations.source.store_batch_size_prompts",
+            buffered_option="activations.source.n_batches_in_buffer",
+        )
 
     def memory_bytes(self) -> int:
         """Those of the buffer, when it is there, and of the forwards that are made ahead."""

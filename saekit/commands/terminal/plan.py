@@ -45,13 +45,15 @@ def plan(
     from saekit.commands import jobs, preflight
     from saekit.config.files import load_config
     from saekit.plugins.manager import default_manager
+    from saekit.process_age import process_age
 
     checked = load_config(*source_of(config, overrides))
+    started = process_age()  # a run's process takes as long to come here
     early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
     for text in early:  # now, and not when the model has run
         typer.echo(f"problem: {text}")
     sys.stdout.flush()
-    found = jobs.plan(checked, load=load, measure=measure)
+    found = jobs.plan_after(started, checked, load=load, measure=measure)
     if as_json:
         import attrs
 

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import HasMemory, KeepsRecipe, Pauses, StatesRows, StatesWidths
+from saekit.abilities import HasMemory, KeepsRecipe, Pauses, SourceForwards, StatesForwards, StatesRows, StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.testing.backend import FakeBackend
@@ -325,3 +325,14 @@ def memory(subject: Subject) -> None:
         told |= {"rows": source.rows} if isinstance(source, StatesRows) else {}
         for name, value in told.items():
             must(isinstance(value, int) and value >= 0, f"{name} is {value!r}, expected a whole number")
+
+
+@CHECKS.add
+def forwards(subject: Subject) -> None:
+    """``forwards``, where it has it, is :class:`saekit.abilities.SourceForwards` of one context or more."""
+    with _opened(subject) as source:
+        if not isinstance(source, StatesForwards):
+            raise NotTried("it states none")
+        stated = source.forwards
+        must(isinstance(stated, SourceForwards), f"forwards is {stated!r}, expected saekit.abilities.SourceForwards")
+        must(min(stated.contexts, stated.buffered) >= 1, f"forwards is {stated!r}, expected 1 or more contexts")

@@ -1,0 +1,215 @@
+"""A few batches by a run's own loop: what is timed, and what is made of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import saekit
+from saekit.config.files import load_config
+from saekit.distributed.world import ALONE
+from saekit.errors import DivergedError
+from saekit.process_age import process_age
+from saekit.runs import planned_time, rehearsal
+from saekit.runs.rehearsal import Rehearsed, part_added, rehearsed
+from saekit.values import Batch
+
+SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+
+
+class Clock:
+    """Time that only passes where something takes it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(rehearsal, "time", made)
+    return made
+
+
+class Trainer:
+    """Takes so many seconds for a step, and three more for the first."""
+
+    device, diverged, world = "cpu", None, ALONE
+
+    def __init__(self, clock: Clock, steps: int, seconds: float = 5.0, batch: int = 8) -> None:
+        self.clock, self.seconds, self.step, self.tokens = clock, seconds, 0, 0
+        self.training = SimpleNamespace(
+            train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=2
+        )
+        self.firing = SimpleNamespace(since_fired=torch.zeros(4))
+        self.sizes: list[int] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.tokens >= self.training.total_tokens or self.diverged is not None
+
+    def rows_of(self, batch: Batch) -> tuple[torch.Tensor, None]:
+        return batch.activations[SITE], None
+
+    def train_on(self, rows: torch.Tensor, target: None, batch: Batch) -> dict[str, Any]:
+        self.clock.now += self.seconds + 3 * (self.step == 0)
+        self.step, self.tokens = self.step + 1, self.tokens + len(rows)
+        self.sizes.append(len(rows))
+        return {"metrics/l0": 1.0} if self.step == 1 else {}
+
+
+class Forwards:
+    """Four rows in two seconds, so many times."""
+
+    def __init__(self, clock: Clock, left: int = 1000) -> None:
+        self.clock, self.left = clock, left
+
+    def __next__(self) -> Batch:
+        if not self.left:
+            raise StopIteration
+        self.left, self.clock.now = self.left - 1, self.clock.now + 2
+        return Batch({SITE: torch.ones(4, 3)}, *(torch.zeros(4, dtype=torch.long) for _ in range(3)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def turns(clock: Clock, trainer: Any, rows: Any, *, forward: int = 4, **given: Any) -> Rehearsed:
+    first = next(rows), 3.0
+    given = {"ahead": False, "alone": 1.0, "look": lambda metrics: None} | given
+    return rehearsed(rows, trainer, first, forward=forward, **given)
+
+
+def test_the_first_of_each_is_cold(clock: Clock) -> None:
+    seen: list[Any] = []
+    trainer: Any = Trainer(clock, steps=100)
+    found = turns(clock, trainer, Forwards(clock), look=seen.append)
+    assert (found.per_row, found.step) == (0.5, 5), "of each row, and of a step between two forwards for each"
+    assert found.cold == (3.0 - 0.5) * 4 + 3
+    assert found.held == (8 + 4) * (3 * 4 + 3 * 8)
+    assert seen == [{"metrics/l0": 1.0, "details/distinct_documents": 1}], "as the loop hands them on"
+    assert trainer.sizes == [8, 8], "no more, since the time was over"
+
+
+def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
+    class Teaching(Trainer):
+        def train_on(self, *given: Any) -> dict[str, Any]:
+            self.clock.now += 10 * float((self.firing.since_fired > 2).sum())
+            self.firing.since_fired[1] += 1  # the others have fired
+            return super().train_on(*given)
+
+    trainer: Any = Teaching(clock, steps=100)
+    found = turns(clock, trainer, Forwards(clock))
+    assert (found.step, found.late) == (5, 15)
+    assert found.mean_step(10, 2) == (2 * 5 + 8 * 15) / 10
+    short: Any = Teaching(clock, steps=2)
+    assert turns(clock, short, Forwards(clock)).late == 5, "nothing dies in it"
+
+
+def test_a_run_that_is_short_is_tried_as_far_as_it_goes(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=1)
+    found = turns(clock, trainer, Forwards(clock), ahead=True, alone=0.25)
+    assert (found.step, found.cold, found.shared) == (8, 10, 0.25), "of one step, nothing can be said to be cold"
+
+
+def test_text_that_ends_makes_one_batch(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=5)
+    found = turns(clock, trainer, Forwards(clock, left=1))
+    assert trainer.sizes == [8], "the rows that there are, twice"
+    assert (found.per_row, found.step) == (3.0, 8), "those of the first forward"
+
+
+def test_what_is_read_are_batches(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=5, batch=4)
+    found = turns(clock, trainer, Forwards(clock), forward=0)
+    assert (found.per_row, found.held) == (0.5, 0)
+    assert trainer.sizes == [4, 4]
+
+
+def test_a_step_that_diverges_says_so(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=5)
+
+    def diverging(*given: Any) -> Any:
+        raise DivergedError("the loss is nan")
+
+    trainer.train_on = diverging
+    with pytest.raises(DivergedError, match="the loss is nan"):
+        turns(clock, trainer, Forwards(clock))
+
+
+def test_how_much_is_added_is_measured_with_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forwards and steps that only wait share nothing."""
+    monkeypatch.setattr(rehearsal, "_MOST", 2)
+
+    class Waiting(Forwards):
+        def __next__(self) -> Batch:
+            time.sleep(0.03)
+            return super().__next__()
+
+    class Resting(Trainer):
+        def train_on(self, *given: Any) -> dict[str, Any]:
+            time.sleep(0.06)
+            return super().train_on(*given)
+
+    trainer: Any = Resting(Clock(), steps=100)
+    found = turns(Clock(), trainer, Waiting(Clock()), ahead=True)
+    assert trainer.step == 4, "two of each kind"
+    assert found.step > 0.06
+    assert found.shared < 0.5
+
+
+@pytest.mark.parametrize(
+    ("together", "step", "forwards", "part"),
+    [
+        (9, 5, 4, 1),
+        (5, 5, 4, 0),
+        (7, 5, 4, 0.5),
+        (4, 5, 4, 0),
+        (90, 5, 4, 1.5),
+        (8, 4, 8, 0),
+        (12, 4, 8, 1),
+        (1, 0, 1, 1),
+    ],
+)
+def test_what_forwards_beside_a_step_add(together: float, step: float, forwards: float, part: float) -> None:
+    assert part_added(together, step, forwards) == part
+
+
+def test_pictures_are_drawn_of_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned_time.tempfile, "tempdir", str(tmp_path))
+    drawn: list[Any] = []
+
+    def draw(folder: Path) -> None:
+        drawn.append(planned_time.read_run(folder).saes["sae"])
+        assert drawn[0].tokens > 0
+        assert "losses/overall_loss" in drawn[0].history.series
+
+    monkeypatch.setattr(planned_time, "pictures_after", draw)
+    config = load_config({"training": {"training_tokens": 4096 * 50, "train_batch_size_tokens": 4096}})
+    seconds = planned_time.timed_pictures(config, saekit.default_manager(), {"losses/overall_loss": 2.0})
+    assert seconds > 0
+    assert len(drawn) == 1
+    assert (
+        len(drawn[0].history.series["losses/overall_loss"])
+        == config.training.steps // config.training.log_frequency + 1
+    )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_process_is_as_old_as_it_is() -> None:
+    age = process_age()
+    assert age > 0.05
+    if sys.platform == "linux":
+        assert age >= 0.9 * time.process_time() / 64, "of no more threads than so many"
+        time.sleep(0.03)
+        assert process_age() - age > 0.02

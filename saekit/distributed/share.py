@@ -11,20 +11,19 @@ are averaged by the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
 from saekit.distributed.drawing import drawn_part
+from saekit.distributed.exchange import Exchange
 from saekit.distributed.group import Group
 from saekit.distributed.largest import keys_bits, sorted_keys, threshold
 from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS
-
-if TYPE_CHECKING:
-    from saekit.kernels.outer import Exchange
 
 __all__ = ["WHOLE", "Share"]
 
@@ -69,6 +68,15 @@ class Share:
     def split(self) -> bool:
         """Whether other processes have other rows or features."""
         return self.rows.size > 1 or self.features.size > 1
+
+    @contextmanager
+    def agreed(self, kernel: object = None) -> Iterator[None]:
+        """Around a step by ``kernel``, or by autograd: at its end all agree how its weights' gradients are made."""
+        if self.exchange is not None:
+            self.exchange.serves = bool(vars(type(kernel)).get("leaves_weights", False))
+        yield
+        if self.exchange is not None:
+            self.exchange.agree()
 
     # ---- of all rows
 

@@ -8,78 +8,17 @@ and ``d_out``, and not gradients, ``d_sae`` by as much: less where an SAE is wid
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from saekit.distributed.group import Group
-from saekit.distributed.share import Share
-from saekit.distributed.sizes import most_entries
 from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace
 
-__all__ = ["Exchange", "Outer"]
-
-
-class _Leaves(Protocol):
-    """What has left the weights' gradients to be made: a step."""
-
-    @property
-    def entries(self) -> int:
-        """Active entries of its rows."""
-
-    def write_weights(self, rows: Group | None = None, counts: Sequence[int] = ()) -> frozenset[str]:
-        """Make them of own rows; or of all of ``rows``, of own features, and say of which parameters."""
-
-
-@attrs.define(eq=False)
-class Exchange:
-    """Of one step: whether processes that share a batch give each other their rows, on which all agree.
-
-    Every process of them asks, whichever way its own step went.
-    """
-
-    rows: Group
-    counts: tuple[int, ...]
-    """Rows of each, as many."""
-    parted: frozenset[str]
-    """Parameters of which each updates some features, as many as each, those of its number; of the gradients of the
-    others it needs nothing."""
-    most: int
-    """Entries of each process up to which it is less to send."""
-    serves: bool = False
-    """Whether the kernel at work says that nobody looks at the weights' gradients before all have agreed."""
-    left: _Leaves | None = attrs.field(default=None, init=False)
-    summed: frozenset[str] = attrs.field(default=frozenset(), init=False)
-    """Parameters whose gradient is that of the whole batch afterwards, of own features."""
-
-    @classmethod
-    def of(
-        cls, share: Share, rows: int, parted: Collection[str], d_sae: int, width: int, dtype: torch.dtype
-    ) -> Exchange | None:
-        """Of a step on own ``rows``, of an SAE of ``d_sae`` own features whose ``d_in + d_out`` is ``width``; None: it
-        would be more to send, whatever is active."""
-        size, counts = share.rows.size, share.counts
-        if size == 1 or not parted or len({*counts}) != 1 or d_sae % size:
-            return None
-        most = most_entries(rows, size, d_sae, width, dtype.itemsize)
-        return None if most < 0 else cls(share.rows, counts, frozenset(parted), most)
-
-    def leaves(self, weights: Collection[str]) -> bool:
-        """Whether a step may leave the gradients of ``weights``, which learn."""
-        return self.serves and bool(weights) and self.parted.issuperset(weights)
-
-    def agree(self) -> None:
-        """Make what was left: of the rows of all, if every process has left it and none has too many entries."""
-        entries = -1 if self.left is None else self.left.entries
-        counts = [int(count) for count in self.rows.gather(torch.tensor(entries, device="cpu"))]
-        if self.left is not None:
-            every = 0 <= min(counts) <= max(counts) <= self.most
-            self.summed = self.left.write_weights(self.rows, counts) if every else self.left.write_weights()
-            self.left = None
+__all__ = ["Outer"]
 
 
 @attrs.frozen(eq=False)

@@ -327,20 +327,12 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
 
     def _step(self, x: Tensor, step: StepInput) -> StepOutput:
         kernel, _ = self._training_kernel()
-        exchange = self.share.exchange
         if kernel is not None and not kernel.leaves(self, x, step):
-            with torch.no_grad(), self.memory.lent() as workspace:
-                if exchange is not None:
-                    exchange.serves = bool(vars(type(kernel)).get("leaves_weights", False))
-                result = kernel.step(self, x.contiguous(), step, workspace)
-                if exchange is not None:  # while the memory is this step's
-                    exchange.agree()
-            return result
-        with torch.enable_grad():
+            with torch.no_grad(), self.memory.lent() as workspace, self.share.agreed(kernel):
+                return kernel.step(self, x.contiguous(), step, workspace)
+        with torch.enable_grad(), self.share.agreed():
             result = self.losses(x, step)
             result.loss.backward()
-        if exchange is not None:
-            exchange.agree()
         return result
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:

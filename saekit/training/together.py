@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from saekit.devices import at_hand
+from saekit.distributed.exchange import Exchange
 from saekit.distributed.share import Share
 from saekit.distributed.sizes import LARGE
-from saekit.kernels.outer import Exchange
 from saekit.sae.module import SAEModule
 from saekit.training.shown import Shown
 from saekit.values import StepOutput
@@ -54,15 +54,15 @@ def looks_at_parts(sae: SAEModule) -> bool:
     return type(sae).before_update is SAEModule.before_update
 
 
-def with_exchange(share: Share, sae: SAEModule, rows: int, parted: Mapping[nn.Parameter, Shown]) -> Share:
-    """``share``, of a step on own ``rows``, whose processes may give each other their rows in place of gradients, if
+def with_exchange(share: Share, sae: SAEModule, parted: Mapping[nn.Parameter, Shown]) -> Share:
+    """``share`` of a step whose processes may give each other their rows in place of gradients, if
     nobody but the optimizer looks at these."""
     kind = type(sae)
     plain = kind.training_step is SAEModule.training_step and kind._step is SAEModule._step
     if not (parted and plain and looks_at_parts(sae) and at_hand(sae.device)):
         return share
     names = [shown.name for shown in parted.values()]
-    exchange = Exchange.of(share, rows, names, sae.d_sae, sae.d_in + sae.d_out, sae.dtype)
+    exchange = Exchange.of(share.rows, share.counts, names, sae.d_sae, sae.d_in + sae.d_out, sae.dtype.itemsize)
     return attrs.evolve(share, exchange=exchange)
 
 

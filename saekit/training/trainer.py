@@ -164,7 +164,7 @@ class SAETrainer:
         if self.maps is not None:
             x, y = self._mapped(x, y)
         share = self.world.share(() if batch is None else batch.counts)
-        share = self.sae.share = with_exchange(share, self.sae, len(x), self.optimizer.parted)
+        share = self.sae.share = with_exchange(share, self.sae, self.optimizer.parted)
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
             if not self._names_agree:

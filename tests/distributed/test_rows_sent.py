@@ -13,10 +13,9 @@ from support.threads import Threads, by_all
 from torch import Tensor
 
 from saekit.distributed import ALONE, World
+from saekit.distributed.exchange import Exchange
 from saekit.distributed.group import Group
-from saekit.distributed.share import Share
 from saekit.distributed.sizes import most_entries
-from saekit.kernels.outer import Exchange
 from saekit.kernels.workspace import Workspace, Workspaces
 from saekit.training import SAETrainer, shown
 from saekit.values import StepInput, StepOutput
@@ -150,10 +149,8 @@ def test_what_revives_dead_features_is_added_up() -> None:
 def test_rows_are_sent_where_they_can_be_less(counts: tuple[int, ...], d_sae: int, possible: bool) -> None:
     group = Group()
     group.size = len(counts)
-    share = Share(rows=group, counts=counts)
-    found = Exchange.of(share, counts[0], ["W_dec"], d_sae, 12, torch.float32)
-    assert (found is not None) is possible
-    assert Exchange.of(share, counts[0], [], d_sae, 12, torch.float32) is None
+    assert (Exchange.of(group, counts, ["W_dec"], d_sae, 12, 4) is not None) is possible
+    assert Exchange.of(group, counts, [], d_sae, 12, 4) is None
 
 
 @pytest.mark.parametrize("k", [2, 4, 12])

@@ -31,6 +31,7 @@ from saekit.values import Batch, Ports
 __all__ = ["TimedRun"]
 
 _UNSURE = 1.5  # as many times as long may a run take as is planned
+_MANY = 1.1  # as many forwards as training takes, to be worth a word
 _FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
@@ -71,7 +72,10 @@ class TimedRun:
         weights, per_step, measuring = self._sae(rows, schedule, evals)
         training, size = self.config.training, self.world.size
         batch = max(training.train_batch_size_tokens // size, 1)
-        served = self._served() if runs_model else Served(capacity=batch, forward=batch, ahead=False, beside=False)
+        served = Served(capacity=batch, forward=batch, ahead=False, beside=False)
+        if runs_model:
+            served = self._served()
+            self._tell_of_forwards(served, batch)
         filling, waiting = ran_ahead(served, batch, training.steps, per_row, per_step)
         times = Times(
             opening=self.opening,
@@ -105,7 +109,20 @@ class TimedRun:
             forward=forward,
             ahead=bool(getattr(chosen, "prefetch", False)),
             beside=torch.device(self.backend.device) != torch.device(device),
+            needed=getattr(chosen, "refill", "full") == "needed",
         )
+
+    def _tell_of_forwards(self, served: Served, batch: int) -> None:
+        """How many there are, and how not to make those that training does not take, where that is many."""
+        steps = self.config.training.steps
+        self.numbers["forwards"] = made = served.forwards(batch, steps)
+        needed = attrs.evolve(served, needed=True).forwards(batch, steps)
+        self.facts["forwards"] = f"{made:,} of {served.forward:,} activations"
+        if made > _MANY * needed:
+            self.facts["forwards"] += (
+                f"; training takes those of {needed:,}, and the buffer is full when it ends. Without the others: write "
+                'activations.source.refill = "needed"; the last batches are others then, drawn from fewer activations'
+            )
 
     def _sae(self, rows: Batch, schedule: Any, evals: Mapping[str, Eval]) -> tuple[float, float, float | None]:
         """Seconds of its first weights, of a step, and of all evals; with what is seen in the first step."""

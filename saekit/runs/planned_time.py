@@ -121,6 +121,13 @@ class Served:
     """Whether forwards are made while steps are."""
     beside: bool
     """Whether these take nothing away from the steps, as on two devices."""
+    needed: bool = False
+    """Whether it is filled up to no more rows than are still to be taken."""
+
+    def forwards(self, batch: int, batches: int) -> int:
+        """How many the model makes for so many ``batches`` of ``batch`` rows."""
+        alone = attrs.evolve(self, ahead=False)
+        return round(sum(ran_ahead(alone, batch, batches, per_row=1.0, per_step=0.0)) / self.forward)
 
 
 def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step: float) -> tuple[float, float]:
@@ -128,19 +135,21 @@ def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step
 
     A thread that runs the model while an SAE trains shares the processors with it: both then take as much longer.
     """
-    filling = served.capacity * per_row
-    most = -(-batch // served.forward) * served.forward  # rows that the thread makes before somebody takes them
-    filled, free, waiting, added = float(served.capacity), 0.0, 0.0, 0.0
+    size, most = served.forward, -(-batch // served.forward) * served.forward  # most: that lie ready, taken by nobody
+    lacking: float = batch * batches if served.needed else 1 << 62
+    filled: float = min(served.capacity, -(-lacking // size) * size)
+    filling, free, waiting, added = filled * per_row, served.capacity - filled, 0.0, 0.0
+    lacking -= filled
     for _ in range(min(batches, _BATCHES)):
         if filled < max(batch, served.capacity // 2):
-            added += free // served.forward * served.forward * per_row
-            filled += waiting + free // served.forward * served.forward
-            free, waiting = free % served.forward, 0.0
+            made = min(free // size, max(-(-lacking // size), 0)) * size
+            added += made * per_row
+            filled, free, lacking, waiting = filled + waiting + made, free - made, lacking - made, 0.0
         taken = min(batch, filled)
         filled, free = filled - taken, free + taken
         if served.ahead:
-            made = min(free, most, per_step / per_row)
-            free, waiting = free - made, waiting + made
+            made = min(free, most, per_step / per_row, max(lacking, 0))
+            free, waiting, lacking = free - made, waiting + made, lacking - made
             added += 0.0 if served.beside else made * per_row
     return filling, added * max(batches, 1) / max(min(batches, _BATCHES), 1)
 

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from saekit.site import Site
 
 __all__ = [
-    "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "EndsWithTraining",
-    "ExposedPoint", "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
-    "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation", "StartsInside", "StatesProcessing",
-    "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates", "TokenizesElsewhere", "TranslatesHooks",
-    "WritesSAEs",
+    "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise",
+    "EndsWithTraining", "ExposedPoint", "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments",
+    "HasOtherNames", "HasTokenizer", "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
+    "OnTokens", "Pauses", "Remarks", "RunsUndisturbed", "SharesContexts", "SharesRows", "SparseActivation",
+    "StartsInside", "StatesProcessing", "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates",
+    "TokenizesElsewhere", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
 

@@ -1,10 +1,10 @@
 """A whole run, activations included, beside sae-lens's own runner on the same model and tokens; and four SAEs at once.
 
-    python tests/bench/end_to_end.py [--tokens 262144] [--rounds 3]
+    python tests/bench/end_to_end.py [--only runs parts] [--tokens 262144] [--rounds 3]
 
 An untrained HookedTransformer of 4 layers and width 512, contexts of 128 tokens, TopK SAEs of 4096 features at
 ``blocks.2.hook_resid_post``, batches of 4096.  Four SAEs that differ in ``k`` share forwards and batches; they
-are compared with four runs of the peer.
+are compared with four runs of the peer.  ``parts`` are what one run's processor time goes to: see ``parts.py``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import figures
+import parts
 from common import BATCH, CONTEXT, PEER, Times, language_model, random_contexts, settings
 from peers import version
 
@@ -77,9 +78,18 @@ def peer(model: Any, dataset: Any, tokens: int) -> Callable[[], int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=["runs", "parts"], default=["runs", "parts"])
     parser.add_argument("--tokens", type=int, default=1 << 18)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    if "runs" in asked.only:
+        compare(asked)
+    if "parts" in asked.only:
+        parts.measure(asked.tokens)
+
+
+def compare(asked: argparse.Namespace) -> None:
+    """Whole runs, each beside the peer's."""
     warnings.simplefilter("ignore")
     from datasets import Dataset
 

@@ -53,7 +53,7 @@ BENCHES = (
     Bench("step", 420, ("--size small --rounds 3", "--size large --only standard topk inference --rounds 1")),
     Bench("splice", 50, ("--rounds 2 --forwards 2",)),
     Bench("evals", 90, ("--contexts 16 --rounds 2",)),
-    Bench("end_to_end", 150, ("--tokens 98304 --rounds 1",)),
+    Bench("end_to_end", 250, ("--only runs --tokens 98304 --rounds 1", "--only parts --tokens 98304")),
     Bench("growth", 70, ("--widths 4096 16384 65536 --batches --rounds 1",)),
     Bench("dead_features", 40, ("--seeds 1 --batches 150 --only topk",)),
     Bench("toy_models", 30, ("--seeds 1",)),

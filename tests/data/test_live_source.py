@@ -137,9 +137,7 @@ def test_of_saes_of_several_lengths_each_takes_what_it_needs(tmp_path: Path) -> 
     backend = FakeBackend()
     plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: backend), builtins=True)
     source = {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4, "refill": "needed"}
-    config = run_config(
-        tmp_path, model={"backend": "test:fake"}, evals={"run": []}, activations={"source": source}
-    )
+    config = run_config(tmp_path, model={"backend": "test:fake"}, evals={"run": []}, activations={"source": source})
     config["site"] = {"hook_name": SITE.hook_name}
     short, long = ({**config, "training": {**config["training"], "training_tokens": n}} for n in (500, 1500))
     together = saekit.train([short, long], plugins=plugins)

@@ -32,8 +32,8 @@ class LiveConfig:
     """Forwards that fill the buffer."""
     refill: Literal["full", "needed"] = "full"
     """How far the buffer is filled up: `full`, or `needed`: to no more activations than training still takes, which
-    spares the forwards that a run has left over in the end.  The last batches are drawn from fewer activations then, and
-    a run that goes on with more `training.training_tokens` is not as one that had them from the start."""
+    spares the forwards that a run has left over in the end.  The last batches are drawn from fewer activations then,
+    and a run that goes on with more `training.training_tokens` is not as one that had them from the start."""
     act_store_device: str = "with_model"
     """Where the buffer is: `cpu`, `cuda`, ..., or `with_model`."""
     dtype: Dtype | None = None

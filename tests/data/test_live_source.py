@@ -404,6 +404,25 @@ def test_a_buffer_that_takes_what_is_needed_makes_no_other_forwards(batches: int
     assert len(torch.cat(served).unique(dim=0)) == sum(map(len, served)), "each is served once"
 
 
+def test_each_of_several_processes_makes_what_its_part_needs() -> None:
+    """With a thread and without: what is left is of all of them, and need not fall by as much as each has taken."""
+
+    def served(*, prefetch: bool) -> list[Tensor]:
+        stream, taken = stream_of(repeat=True, batch=48), list[Tensor]()
+        stream.processes, stream._open_own = 2, stream._open_contexts
+        stream.left = lambda: 480 - 48 * len(taken) - 110 * (len(taken) >= 5)  # others have taken more than this one
+        live = source(stream, prefetch=prefetch, refill="needed")
+        for _ in range(8):
+            taken.append(next(live).activations[SITE])
+            time.sleep(0.01 * prefetch)  # for what the thread makes ahead
+        live.close()
+        assert isinstance(stream.backend, FakeBackend)
+        assert prefetch or stream.backend.forwards.count((4, 8)) == 6, "as the rows that it has served"
+        return taken
+
+    assert all(torch.equal(one, two) for one, two in zip(served(prefetch=False), served(prefetch=True), strict=True))
+
+
 def test_what_is_needed_is_looked_at_anew_where_a_run_goes_on() -> None:
     """From a saved state with the very same batches; for longer, with as many more."""
     streams = [stream_of(repeat=True) for _ in range(3)]

@@ -158,6 +158,11 @@ def test_filling_that_takes_long_is_told_of(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in live:
         pass
     assert said == [f"filling the buffer, {n} of 384 activations" for n in (32, 96, 224)]
+    said.clear()
+    stream = stream_of()
+    stream.say, stream.left = said.append, lambda: 100
+    next(source(stream, n_batches_in_buffer=12, refill="needed"))
+    assert said == [f"filling the buffer, {n} of 100 activations" for n in (32, 96)]
 
 
 def test_a_look_uses_nothing_up() -> None:

@@ -181,7 +181,9 @@ class LiveSource:
         while self._takes_more():
             if (seconds := time.monotonic() - start) >= next_word:  # the first filling is long, and so told of
                 next_word = 2 * seconds
-                self._stream.say(f"filling the buffer, {self._buffer.waiting:,} of {self._capacity:,} activations")
+                here = self._buffer.waiting
+                wanted = min(self._capacity, here + self._lacking())
+                self._stream.say(f"filling the buffer, {here:,} of {wanted:,} activations")
             self._add()
         if self._buffer.waiting:
             self._buffer.shuffle()

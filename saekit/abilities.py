@@ -24,11 +24,12 @@ if TYPE_CHECKING:
     from saekit.site import Site
 
 __all__ = [
-    "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise", "ExposedPoint",
-    "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer",
-    "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles", "OnTokens", "Pauses", "Remarks",
-    "RunsUndisturbed", "SharesContexts", "SharesRows", "SourceForwards", "SparseActivation", "StartsInside",
-    "StatesForwards", "StatesProcessing", "StatesRows", "StatesWidths", "TakesCheckpoints", "TakesStates",
+    "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise",
+    "EndsWithTraining", "ExposedPoint", "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments",
+    "HasOtherNames", "HasTokenizer", "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
+    "OnTokens", "Pauses", "Remarks", "RunsUndisturbed", "SharesContexts", "SharesRows", "SourceForwards",
+    "SparseActivation", "StartsInside", "StatesForwards", "StatesProcessing", "StatesRows", "StatesWidths",
+    "TakesCheckpoints", "TakesStates",
     "TokenizesElsewhere", "TranslatesHooks", "WritesSAEs",
 ]  # fmt: skip
 
@@ -270,6 +271,15 @@ class StatesRows(Protocol):
     @property
     def rows(self) -> int:
         """Those of one reading."""
+
+
+@runtime_checkable
+class EndsWithTraining(Protocol):
+    """Options of a source whose batches depend on how many rows training takes
+    (:attr:`saekit.data.StreamContext.left`), where this is true: SAEs of another length do not share them."""
+
+    @property
+    def ends_with_training(self) -> bool: ...
 
 
 @runtime_checkable

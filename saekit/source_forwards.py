@@ -19,6 +19,10 @@ class SourceForwards:
     """Forwards that fill what batches are drawn from, which is filled up again when less than half of it is left."""
     ahead: bool = False
     """Whether they are made while the SAEs train, in a thread."""
+    needed: bool = False
+    """Whether it is filled up to no more than training still takes."""
+    needed_line: str = ""
+    """The line of a configuration that has it so; empty: there is none."""
     tokenizing: int = 0
     """Processes that tokenize for them."""
     device: str | None = None

@@ -41,6 +41,7 @@ from saekit.values import Batch, Histogram, Ports
 __all__ = ["TimedRun"]
 
 _UNSURE = 1.5  # as many times as long may a run take as is planned
+_MANY = 1.1  # as many forwards as training takes, to be worth a word
 _FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
@@ -107,8 +108,10 @@ class TimedRun:
         if runs_model:
             source, forward = self.counted.source, self.counted.rows_per_forward()
             served = Served(
-                capacity=forward * source.buffered, forward=forward, ahead=source.ahead, shared=found.shared
-            )
+                capacity=forward * source.buffered, forward=forward, ahead=source.ahead, shared=found.shared,
+                needed=source.needed,
+            )  # fmt: skip
+            self._tell_of_forwards(served, batch)
         mean_step = found.mean_step(training.steps, training.dead_after)
         filling, waiting = ran_ahead(served, batch, training.steps, found.per_row, mean_step)
         number = evals_of(self.config)
@@ -141,6 +144,18 @@ class TimedRun:
         every = 60 * chosen.every_minutes
         by_clock = int(_UNSURE * seconds / every) if chosen.keep_last and every > 0 else 0
         return chosen.n_checkpoints + by_clock
+
+    def _tell_of_forwards(self, served: Served, batch: int) -> None:
+        """How many there are, and how not to make those that training does not take, where that is many."""
+        steps, line = self.config.training.steps, self.counted.source.needed_line
+        self.numbers["forwards"] = made = served.forwards(batch, steps)
+        needed = attrs.evolve(served, needed=True).forwards(batch, steps)
+        self.facts["forwards"] = f"{made:,} of {served.forward:,} activations"
+        if line and made > _MANY * needed:
+            self.facts["forwards"] += (
+                f"; training takes those of {needed:,}, and the buffer is full when it ends. Without the others: write "
+                f"{line}; the last batches are others then, drawn from fewer activations"
+            )
 
     def _trainer(self, rows: Batch, schedule: Any) -> tuple[SAETrainer, float]:
         """An SAE in training, with its first weights, and how many seconds that takes."""

@@ -147,6 +147,13 @@ class Served:
     shared: float = 1.0
     """How much of the time of such a forward is added to the steps: 1 where both need all of the processors, 0 where
     they share nothing, as on two devices."""
+    needed: bool = False
+    """Whether it is filled up to no more rows than are still to be taken."""
+
+    def forwards(self, batch: int, batches: int) -> int:
+        """How many the model makes for so many ``batches`` of ``batch`` rows."""
+        alone = attrs.evolve(self, ahead=False)
+        return round(sum(ran_ahead(alone, batch, batches, per_row=1.0, per_step=0.0)) / self.forward)
 
 
 def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step: float) -> tuple[float, float]:
@@ -154,19 +161,21 @@ def ran_ahead(served: Served, batch: int, batches: int, per_row: float, per_step
 
     A thread that runs the model while an SAE trains may share the processors with it: both then take longer.
     """
-    filling = served.capacity * per_row
-    most = -(-batch // served.forward) * served.forward  # rows that the thread makes before somebody takes them
-    filled, free, waiting, added = float(served.capacity), 0.0, 0.0, 0.0
+    size, most = served.forward, -(-batch // served.forward) * served.forward  # most: that lie ready, taken by nobody
+    lacking: float = batch * batches if served.needed else 1 << 62
+    filled: float = min(served.capacity, -(-lacking // size) * size)
+    filling, free, waiting, added = filled * per_row, served.capacity - filled, 0.0, 0.0
+    lacking -= filled
     for _ in range(min(batches, _BATCHES)):
         if filled < max(batch, served.capacity // 2):
-            added += free // served.forward * served.forward * per_row
-            filled += waiting + free // served.forward * served.forward
-            free, waiting = free % served.forward, 0.0
+            made = min(free // size, max(-(-lacking // size), 0)) * size
+            added += made * per_row
+            filled, free, lacking, waiting = filled + waiting + made, free - made, lacking - made, 0.0
         taken = min(batch, filled)
         filled, free = filled - taken, free + taken
         if served.ahead:
-            made = min(free, most, per_step / per_row)
-            free, waiting = free - made, waiting + made
+            made = min(free, most, per_step / per_row, max(lacking, 0))
+            free, waiting, lacking = free - made, waiting + made, lacking - made
             added += served.shared * made * per_row
     return filling, added * max(batches, 1) / max(min(batches, _BATCHES), 1)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import attrs
 
+from saekit.abilities import EndsWithTraining
 from saekit.config import PLUGIN_KIND, TrainConfig
 from saekit.config.files import load_configs, plain_config, read_table
 from saekit.config.merging import Place, in_order, set_option, tables
@@ -102,7 +103,10 @@ def lane_key(config: TrainConfig, plugins: PluginManager) -> str:
     source = plugins.bound(ACTIVATION_SOURCES, config.activations.source)
     options = spelled_out(source.options, plugins)
     chosen = config.tokens if config.tokens.chooses else None
-    return repr((source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen))
+    batches = [source.key, options, config.training.train_batch_size_tokens, config.training.seed, chosen]
+    if isinstance(source.options, EndsWithTraining) and source.options.ends_with_training:
+        batches.append(config.training.total_tokens)
+    return repr(batches)
 
 
 def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:

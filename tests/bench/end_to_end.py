@@ -1,10 +1,11 @@
 """A whole run, activations included, beside sae-lens's own runner on the same model and tokens; and four SAEs at once.
 
-    python tests/bench/end_to_end.py [--shape topk-512 standard-128] [--tokens 262144] [--rounds 3]
+    python tests/bench/end_to_end.py [--only runs parts] [--shape topk-512 standard-128] [--tokens 262144] [--rounds 3]
 
 An untrained HookedTransformer, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of width 512, TopK SAEs
 of 4096 features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and batches, and are compared
-with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024 features.
+with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024 features.  ``parts`` are
+what one run's processor time goes to: see ``parts.py``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import attrs
 import figures
+import parts
 from common import BATCH, CONTEXT, PEER, Times, language_model, random_contexts, settings
 from peers import version
 
@@ -107,10 +109,19 @@ def peer(shape: Shape, model: Any, dataset: Any, tokens: int) -> Callable[[], in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=["runs", "parts"], default=["runs", "parts"])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", type=int, default=1 << 18)
     parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
+    if "runs" in asked.only:
+        compare(asked)
+    if "parts" in asked.only:
+        parts.measure(asked.tokens)
+
+
+def compare(asked: argparse.Namespace) -> None:
+    """Whole runs, each beside the peer's."""
     warnings.simplefilter("ignore")
     if not PEER:
         figures.missing("sae-lens")

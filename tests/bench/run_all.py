@@ -69,8 +69,8 @@ BENCHES = (
     Bench(
         "end_to_end",
         (
-            Part("--shape topk-512 --tokens 81920 --rounds 1", 140),
-            Part("--shape standard-128 --tokens 131072 --rounds 2", 45),
+            Part("--only runs --shape topk-512 --tokens 81920 --rounds 1", 140),
+            Part("--only runs --shape standard-128 --tokens 131072 --rounds 2", 45),
         ),
     ),
     Bench("checkpoint", (Part("--rounds 3", 60),)),

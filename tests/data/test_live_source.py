@@ -132,6 +132,22 @@ def test_a_run_makes_no_forwards_ahead_that_it_does_not_take(tmp_path: Path) -> 
     assert backend.forwards.count((8, 32)) == 4 + 3, "of 256 rows, as the 6 batches"
 
 
+def test_of_saes_of_several_lengths_each_takes_what_it_needs(tmp_path: Path) -> None:
+    """As if it were alone, on shared forwards; 1,500 activations are of 6 forwards, not 7."""
+    backend = FakeBackend()
+    plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **_: backend), builtins=True)
+    source = {"name": "live", "store_batch_size_prompts": 8, "n_batches_in_buffer": 4, "refill": "needed"}
+    config = run_config(tmp_path, model={"backend": "test:fake"}, evals={"run": []}, activations={"source": source})
+    config["site"] = {"hook_name": SITE.hook_name}
+    short, long = ({**config, "training": {**config["training"], "training_tokens": n}} for n in (500, 1500))
+    together = saekit.train([short, long], plugins=plugins)
+    assert backend.forwards.count((8, 32)) == 6
+    for one, config in zip(together.results.values(), (short, long), strict=True):
+        alone = saekit.train(config, plugins=plugins)
+        for name, value in alone.sae.state_dict().items():
+            assert torch.equal(one.sae.state_dict()[name], value)
+
+
 def test_filling_that_takes_long_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """In fewer words as it goes on; and of the first filling alone, others happen while the SAE trains."""
     seconds = itertools.count()
@@ -142,6 +158,11 @@ def test_filling_that_takes_long_is_told_of(monkeypatch: pytest.MonkeyPatch) -> 
     for _ in live:
         pass
     assert said == [f"filling the buffer, {n} of 384 activations" for n in (32, 96, 224)]
+    said.clear()
+    stream = stream_of()
+    stream.say, stream.left = said.append, lambda: 100
+    next(source(stream, n_batches_in_buffer=12, refill="needed"))
+    assert said == [f"filling the buffer, {n} of 100 activations" for n in (32, 96)]
 
 
 def test_a_look_uses_nothing_up() -> None:
@@ -362,3 +383,70 @@ def test_a_smaller_batch_is_spread_over_a_whole_one() -> None:
     assert batch.thinned(4).activations[SITE][:, 0].tolist() == [0, 2, 5, 7]
     assert len(batch.thinned(1)) == 1
     assert batch.thinned(10) is batch.thinned(99) is batch
+
+
+@PREFETCH
+@pytest.mark.parametrize("batches", [1, 2, 5, 6, 11, 30])
+def test_a_buffer_that_takes_what_is_needed_makes_no_other_forwards(batches: int, prefetch: bool) -> None:
+    """Those of the rows that training takes, whatever a thread makes ahead; until the end nears, the same batches."""
+    stream, taken = stream_of(repeat=True), 0
+    rows = batches * stream.batch_size - 7
+    stream.left = lambda: rows - taken * stream.batch_size
+    full, needed = source(repeat=True), source(stream, prefetch=prefetch, refill="needed")
+    served = []
+    for _ in range(batches):
+        batch = next(needed)
+        if rows - taken * stream.batch_size >= 2 * 128:  # the buffer and what a refill adds
+            assert torch.equal(next(full).activations[SITE], batch.activations[SITE])
+        served.append(torch.stack([batch.documents, batch.tokens, batch.positions], 1))
+        taken += 1
+        time.sleep(0.002 * prefetch)
+    needed.close()
+    assert isinstance(stream.backend, FakeBackend)
+    assert stream.backend.forwards.count((4, 8)) == -(-rows // 32)
+    assert sum(map(len, served)) >= rows
+    assert rows + 32 < len(expected()[0]), "the text is not read again"
+    assert len(torch.cat(served).unique(dim=0)) == sum(map(len, served)), "each is served once"
+
+
+def test_each_of_several_processes_makes_what_its_part_needs() -> None:
+    """With a thread and without: what is left is of all of them, and need not fall by as much as each has taken."""
+
+    def served(*, prefetch: bool) -> list[Tensor]:
+        stream, taken = stream_of(repeat=True, batch=48), list[Tensor]()
+        stream.processes, stream._open_own = 2, stream._open_contexts
+        stream.left = lambda: 480 - 48 * len(taken) - 110 * (len(taken) >= 5)  # others have taken more than this one
+        live = source(stream, prefetch=prefetch, refill="needed")
+        for _ in range(8):
+            taken.append(next(live).activations[SITE])
+            time.sleep(0.01 * prefetch)  # for what the thread makes ahead
+        live.close()
+        assert isinstance(stream.backend, FakeBackend)
+        assert prefetch or stream.backend.forwards.count((4, 8)) == 6, "as the rows that it has served"
+        return taken
+
+    assert all(torch.equal(one, two) for one, two in zip(served(prefetch=False), served(prefetch=True), strict=True))
+
+
+def test_what_is_needed_is_looked_at_anew_where_a_run_goes_on() -> None:
+    """From a saved state with the very same batches; for longer, with as many more."""
+    streams = [stream_of(repeat=True) for _ in range(3)]
+    whole, parted, longer = (source(stream, refill="needed") for stream in streams)
+    for stream, most in zip(streams, (10, 10, 14), strict=True):
+        stream.left = lambda stream=stream, most=most: most * 24 - 24 * taken.get(id(stream), 0)
+    taken: dict[int, int] = {}
+
+    def take(live: Any, stream: StreamContext) -> Tensor:
+        batch = next(live).activations[SITE]
+        taken[id(stream)] = taken.get(id(stream), 0) + 1
+        return batch
+
+    wanted = [take(whole, streams[0]) for _ in range(10)]
+    for number in range(7):
+        assert torch.equal(take(parted, streams[1]), wanted[number])
+    for live, stream, more in ((source(streams[1], refill="needed"), streams[1], 3), (longer, streams[2], 7)):
+        taken[id(stream)] = 7
+        live.load_state_dict(parted.state_dict())
+        found = [take(live, stream) for _ in range(more)]
+        assert all(len(batch) == 24 for batch in found)
+        assert more > 3 or all(torch.equal(one, two) for one, two in zip(found, wanted[7:], strict=True))

@@ -27,9 +27,10 @@ from saekit.runs.staging import Staging
 from saekit.runs.working_memory import resident, resident_peak
 
 
-def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("refill", ["full", "needed"])
+def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refill: str) -> None:
     config = run_config(tmp_path, training={"training_tokens": 4096}, evals={"run": []})
-    config["activations"]["source"]["prefetch"] = False
+    config["activations"]["source"] |= {"prefetch": False, "refill": refill}
     made: list[int] = []
     run = ActivationStream.run
 
@@ -40,9 +41,30 @@ def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(ActivationStream, "run", counted)
     saekit.train(config)
-    served = Served(capacity=4 * 8 * 32, forward=8 * 32, ahead=False)
+    served = Served(capacity=4 * 8 * 32, forward=8 * 32, ahead=False, needed=refill == "needed")
     filling, added = ran_ahead(served, 256, 16, per_row=1.0, per_step=5.0)
     assert (filling, filling + added) == (1024, sum(made))
+    assert served.forwards(256, 16) == len(made) == (16 if served.needed else 19)
+
+
+@pytest.mark.parametrize(("batches", "made"), [(1, 2), (3, 6), (16, 32), (32, 64), (33, 66)])
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_needed_is_what_training_takes(batches: int, made: int, ahead: bool) -> None:
+    served = Served(capacity=32 * 2048, forward=2048, ahead=ahead, needed=True)
+    assert served.forwards(4096, batches) == made
+    rows = sum(ran_ahead(served, 4096, batches, per_row=1.0, per_step=3000.0))
+    assert rows == pytest.approx(made * 2048, rel=0.02), "a thread's forwards are not counted whole"
+
+
+def test_a_plan_says_how_forwards_are_spared(tmp_path: Path) -> None:
+    config = run_config(tmp_path, training={"training_tokens": 1024}, evals={"run": []})
+    found = saekit.plan(config)
+    assert found.numbers["forwards"] == 7, "four fill the buffer, and three fill it up before the last batch"
+    assert "training takes those of 4" in found.facts["forwards"]
+    assert 'write activations.source.refill = "needed"' in found.facts["forwards"]
+    config["activations"]["source"]["refill"] = "needed"
+    spared = saekit.plan(config)
+    assert (spared.numbers["forwards"], spared.facts["forwards"]) == (4, "4 of 256 activations")
 
 
 def test_what_a_thread_makes_takes_from_the_steps_as_much() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -31,6 +31,10 @@ class LiveConfig:
     """Contexts in one forward of the model.  Halved, with a warning, when the model runs out of memory."""
     n_batches_in_buffer: int = attrs.field(default=32, validator=_positive)
     """Forwards that fill the buffer."""
+    refill: Literal["full", "needed"] = "full"
+    """How far the buffer is filled up: `full`, or `needed`: to no more activations than training still takes, which
+    spares the forwards that a run has left over in the end.  The last batches are drawn from fewer activations then,
+    and a run that goes on with more `training.training_tokens` is not as one that had them from the start."""
     act_store_device: str = "with_model"
     """Where the buffer is: `cpu`, `cuda`, ..., or `with_model`."""
     dtype: Dtype | None = None
@@ -41,6 +45,11 @@ class LiveConfig:
     tokenize_processes: int = attrs.field(default=0, validator=check(lambda value: value >= 0, "0 or more", most=256))
     """Processes that tokenize texts before the model needs them.  The batches are the same.  0: none, the thread that
     runs the model tokenizes."""
+
+    @property
+    def ends_with_training(self) -> bool:
+        """Whether batches depend on how many rows training takes: see :class:`saekit.abilities.EndsWithTraining`."""
+        return self.refill == "needed"
 
 
 class LiveSource:
@@ -125,6 +134,8 @@ class LiveSource:
             contexts=config.store_batch_size_prompts,
             buffered=config.n_batches_in_buffer,
             ahead=self._prefetched is not None,
+            needed=config.ends_with_training,
+            needed_line='activations.source.refill = "needed"',
             tokenizing=config.tokenize_processes,
             device=None if config.act_store_device == "with_model" else self._device,
             contexts_option="activations.source.store_batch_size_prompts",
@@ -161,9 +172,9 @@ class LiveSource:
         wanted, buffer = self._stream.batch_size, self._buffer
         if buffer.filled < self._least:
             self._refill()
-        elif self._prefetched is not None and self._to_come() != 0:
+        elif self._prefetched is not None and self._to_come() != 0 and not self._shares_what_is_left:
             # What the thread has made goes to slots that came free, to be mixed in at the next refill.
-            while not self._ended and buffer.free >= self._rows_per_forward and self._prefetched.available():
+            while self._takes_more() and self._prefetched.available():
                 self._add()
         if not buffer.filled:
             raise StopIteration
@@ -184,18 +195,40 @@ class LiveSource:
     def _refill(self) -> None:
         start = time.monotonic()
         next_word = _SECONDS_BEFORE_A_WORD if self._buffer.free == self._capacity else math.inf
-        while not self._ended and self._buffer.free >= self._rows_per_forward:
+        while self._takes_more():
             if (seconds := time.monotonic() - start) >= next_word:  # the first filling is long, and so told of
                 next_word = 2 * seconds
-                self._stream.say(f"filling the buffer, {self._buffer.waiting:,} of {self._capacity:,} activations")
+                here = self._buffer.waiting
+                wanted = min(self._capacity, here + self._lacking())
+                self._stream.say(f"filling the buffer, {here:,} of {wanted:,} activations")
             self._add()
         if self._buffer.waiting:
             self._buffer.shuffle()
         self._shuffled = (self._forwards.state_dict(), self._ended)
 
+    def _takes_more(self) -> bool:
+        """Whether a forward has its place in the buffer, and its use."""
+        return not self._ended and self._buffer.free >= self._rows_per_forward and self._lacking() > 0
+
+    def _lacking(self) -> float:
+        """Rows that are neither there nor needless; each batch takes them from what is there and from what is left, so
+        it makes no difference when this is asked."""
+        if self._config.refill == "full" or (left := self._stream.left()) is None:
+            return math.inf
+        return -(-left // self._stream.processes) - self._buffer.filled - self._buffer.waiting
+
+    @property
+    def _shares_what_is_left(self) -> bool:
+        """Whether each of several processes takes a part of what is left, which need not be the same in each batch."""
+        return self._config.refill == "needed" and self._stream.processes > 1
+
     def _to_come(self) -> int | None:
         """Forwards still needed for what is still to be taken; None: more than are made ahead, or that is not known."""
         if (left := self._stream.left()) is None or self._prefetched is None:
+            return None
+        if (lacking := self._lacking()) <= self._rows_ahead:
+            return math.ceil(max(lacking, 0) / self._rows_per_forward)
+        if self._config.refill == "needed":
             return None
         rows, filled, free = -(-left // self._stream.processes), self._buffer.filled, self._buffer.free
         wanted, size, found = self._stream.batch_size, self._rows_per_forward, 0

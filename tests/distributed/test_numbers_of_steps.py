@@ -12,8 +12,8 @@ from support.threads import Threads, by_all
 from saekit.distributed.group import Group
 from saekit.distributed.share import Share
 from saekit.training import together
-from saekit.training.together import check_names, of_whole_batch
 from saekit.training.shown import Shown
+from saekit.training.together import check_names, of_whole_batch
 from saekit.values import StepOutput
 
 
@@ -44,8 +44,11 @@ def test_they_are_added_up_by_name_in_whatever_order() -> None:
         assert [*found.metrics] == [*like.metrics]
 
 
-def test_other_names_are_found_in_every_step() -> None:
-    """As many as the others give, so that they would be added up with them."""
+@pytest.mark.parametrize("by_host", [True, False])
+def test_other_names_are_found_in_every_step(monkeypatch: pytest.MonkeyPatch, by_host: bool) -> None:
+    """As many as the others give, so that they would be added up with them; also where only devices can be asked."""
+    if not by_host:
+        monkeypatch.setattr(Threads, "same", lambda group, number: None)
     given = [output({}, {"x": 1.0}), output({}, {"y": 2.0})]
     with pytest.raises(ValueError, match="must all give the same metrics"):
         step(given, (1, 1))

@@ -73,7 +73,7 @@ def job(kind: str, d: int, d_sae: int, rows: int = ROWS) -> Job:
 def on_cpu(of: Job, mesh: Mesh) -> Job:
     """With a first look in bfloat16 where there is one."""
     shape = torch.device("cpu"), torch.float32, of.d_sae // mesh.features
-    return attrs.evolve(of, screened=bool(of.k) and why_no_screen(*shape) is None)
+    return attrs.evolve(of, screened="bfloat16" if of.k and why_no_screen(*shape) is None else None)
 
 
 # ---- what is sent
@@ -177,6 +177,7 @@ def memory(world: World, of: Case) -> float:
         for batch in made.batches():
             part = part_of(batch, made, world)
             trainer.train_on(*trainer.rows_of(part), part)
+    SHARED.release()  # else memory that was measured before is used again
     parts = [part_of(batch, of, world) for batch in of.batches()]
     before = _held()
     trainer = of.trainer(world)
@@ -201,9 +202,13 @@ SHAPES = (("topk", 768, 24576, 1024), ("topk", 512, 16384, 3072), ("batchtopk", 
           ("standard", 512, 8192, 1024))  # fmt: skip
 
 
-def memory_all(sizes: list[int]) -> None:
+QUICK = (("topk", 768, 16384, 1024), ("batchtopk", 640, 16384, 2048))
+"""Large enough for what else a process allocates, some megabytes, to be little beside it."""
+
+
+def memory_all(sizes: list[int], *, quick: bool = False) -> None:
     """In real processes, one kind of mesh after the other."""
-    for kind, d, d_sae, rows in SHAPES:
+    for kind, d, d_sae, rows in QUICK if quick else SHAPES:
         for size in sizes:
             for mesh in meshes(size):
                 given = (case(kind, d, d_sae, 4, rows),)
@@ -452,13 +457,16 @@ def main() -> None:
     parser.add_argument("what", choices=["count", "memory", "fake", "time", "table", "picture"])
     parser.add_argument("file", nargs="?", default="scaling.png")
     parser.add_argument("--size", nargs="+", type=int)
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller cases and fewer of them: two minutes on two cores"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
     if options.what == "count":
         count_all(options.size or [2, 4])
     elif options.what == "memory":
-        memory_all(options.size or [1, 2, 4])
+        memory_all(options.size or [1, 2, 4], quick=options.quick)
     elif options.what == "fake":
         fake_all(options.size or [8, 64, 512])
         meta_all([1, 2, 4, 64, 512])

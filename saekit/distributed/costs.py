@@ -104,9 +104,9 @@ class Job:
     """Whether a fast kernel makes the steps; else autograd does, which has features of all rows, several times."""
     beside: float = 0
     """Numbers that a kernel holds beside what every one does, for all rows."""
-    at_once: bool = False
-    """Whether one process finds what competes over a batch among the features of all rows, as on GPUs, which are not
-    waited for."""
+    on_gpu: bool = False
+    """Whether its device is one that is not waited for: then one process finds what competes over a batch among the
+    features of all rows, and weight gradients are made of all features at once."""
     rounded: bool = False
     """Whether encoder and decoder are copied in bfloat16, for products in that."""
     itemsize: int = 4
@@ -168,7 +168,7 @@ class Job:
             found["inputs and reconstructions"] = self.itemsize * 4 * rows * (self.d_in + self.d_out)
             return found | {"features of all rows": self.itemsize * _PLAIN * rows * own}
         found["inputs"] = self.itemsize * rows * self.d_in * (2 if self.centers else 1)
-        if self.at_once and self._competing == "all" and mesh.size == 1:  # gone when gradients are made
+        if self.on_gpu and self._competing == "all" and mesh.size == 1:  # gone when gradients are made
             alone = {"features of all rows": self.itemsize * rows * own, "active entries": _ENTRY * self.k * rows}
         else:
             alone = {}
@@ -176,7 +176,7 @@ class Job:
         parts = self.updated(mesh) < self.parameters(mesh)
         received = (1 - 1 / mesh.data) * self.itemsize * own * max(self.d_in, self.d_out) if parts else 0
         chunk = min(rows, _CHUNK) * own
-        if self.screened is None:
+        if self.screened is None or rows <= _PROBE:
             kept = {"features of a chunk": max(self.itemsize * chunk, received) + 0.5 * self.itemsize * chunk}
             looking = {}
         else:
@@ -198,7 +198,7 @@ class Job:
         rows, own, group = self.rows / mesh.data, self.d_sae / mesh.features, self._group(mesh)
         found = {"reconstructions": self.itemsize * rows * self.d_out}
         if self.k:
-            made = own if self.screened is None else min(own, _BLOCK)
+            made = own if self.on_gpu else 2 * min(own, _BLOCK)  # one is still there when the next is made
             found["gradients of a group"] = self.itemsize * made * max(self.d_in, self.d_out)
             found["active entries"] = _ENTRY * self._entries(mesh)
         if mesh.features > 1:  # small groups are kept until there are several
@@ -219,7 +219,7 @@ class Job:
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
         chunk, dead = min(rows, _CHUNK), min(self.k_aux, own)
         found = {"reconstructions": self.itemsize * rows * self.d_out}
-        if self.at_once:  # among all features, of which those that are alive are passed over
+        if self.on_gpu:  # among all features, of which those that are alive are passed over
             found["features that AuxK compares"] = self.itemsize * chunk * own
             found["entries of AuxK"] = _ENTRY * chunk * dead
             return found

@@ -63,7 +63,7 @@ def job_of(
         screened=screened,
         fast=kernel is not None,
         beside=0 if kernel is None else mesh.data * kernel.beside(sae, rows // mesh.data),
-        at_once=not at_hand(place),
+        on_gpu=not at_hand(place),
         rounded=training.matmul_precision == "medium" and place.type == "cuda",
         itemsize=itemsize,
         undivided=undivided,

@@ -172,12 +172,8 @@ def peak() -> float:
 
 def memory(world: World, of: Case) -> float:
     """Bytes that training has taken at most, after all that is drawn for the whole SAE is gone."""
-    warm = attrs.evolve(of, d_sae=2048 * world.features.size)
-    for trainer, made in [(warm.trainer(world), warm)]:
-        for batch in made.batches():
-            part = part_of(batch, made, world)
-            trainer.train_on(*trainer.rows_of(part), part)
-    SHARED.release()  # else memory that was measured before is used again
+    _warm_up(attrs.evolve(of, d_sae=2048 * world.features.size), world)
+    SHARED.release()  # else memory that was there before is used again
     parts = [part_of(batch, of, world) for batch in of.batches()]
     before = _held()
     trainer = of.trainer(world)
@@ -186,6 +182,14 @@ def memory(world: World, of: Case) -> float:
     for part in parts:
         trainer.train_on(*trainer.rows_of(part), part)
     return peak() - before
+
+
+def _warm_up(of: Case, world: World) -> None:
+    """So that what is imported and made once is there; what is of this is gone afterwards."""
+    trainer = of.trainer(world)
+    for batch in of.batches():
+        part = part_of(batch, of, world)
+        trainer.train_on(*trainer.rows_of(part), part)
 
 
 def _held() -> float:
@@ -407,7 +411,7 @@ H100 = next(iter(DEVICES.values()))
 
 def chosen(d: int, d_sae: int, size: int) -> tuple[Job, Mesh | None]:
     """The mesh that is advised where each process has 80 GB, a sixteenth of which the model and texts take."""
-    of = Job.topk(d, d_sae, BATCH, K)
+    of = attrs.evolve(Job.topk(d, d_sae, BATCH, K), on_gpu=True)
     return of, advised(of, size, lambda mesh: True, FREE * 15 / 16)
 
 
@@ -463,6 +467,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    # glibc's malloc keeps some of what is given back to it, more from time to time: up to a tenth of all, as it comes.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     if options.what == "count":
         count_all(options.size or [2, 4])
     elif options.what == "memory":

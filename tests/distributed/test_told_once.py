@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.spread_faults import TOY, ends
+from support.spread_faults import ends
 
 from saekit.runs.checkpoints import newest_checkpoint
 
@@ -92,24 +92,30 @@ def plugin(folder: Path, version: str) -> str:
     return str(folder)
 
 
-def test_other_plugins_are_found_at_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ("2.0", "lr_schedules odd:odd is '2.0', not '1.0'"),
+        pytest.param("", "it has no lr_schedules odd:odd", marks=pytest.mark.processes),
+    ],
+)
+def test_other_plugins_are_found_at_the_start(tmp_path: Path, theirs: str, told: str) -> None:
     """Another version, and none at all."""
-    old, new = plugin(tmp_path / "old", "1.0"), plugin(tmp_path / "new", "2.0")
-    for theirs, told in ((new, "lr_schedules odd:odd is '2.0', not '1.0'"), ("", "it has no lr_schedules odd:odd")):
-        (tmp_path / "run.toml").write_text(TOY)
-        first, second = ends(tmp_path, "none", PATH_0=old, PATH_1=theirs)
-        assert (first[0], second[0]) == (2, 2), first[1] + second[1]
-        assert "process 1 has another plugin than process 0: " in first[1]
-        assert told in first[1]
-        assert second[1] == ""
-        assert not (tmp_path / "run").exists()
+    own, other = plugin(tmp_path / "old", "1.0"), plugin(tmp_path / "new", theirs) if theirs else ""
+    first, second = ends(tmp_path, "none", PATH_0=own, PATH_1=other)
+    assert (first[0], second[0]) == (2, 2), first[1] + second[1]
+    assert "process 1 has another plugin than process 0: " in first[1]
+    assert told in first[1]
+    assert second[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ("training.lr=0.5", "process 1 has another option than process 0: training.lr is 0.5, not 0.0004"),
-        pytest.param("distributed.timeout_s=50", "distributed.timeout_s is 50", marks=pytest.mark.processes),
+        ("distributed.timeout_s=50", "distributed.timeout_s is 50"),
     ],
 )
 def test_other_options_are_found_at_the_start(tmp_path: Path, words: str, told: str) -> None:

@@ -177,8 +177,9 @@ class Job:
         received = (1 - 1 / mesh.data) * self.itemsize * own * max(self.d_in, self.d_out) if parts else 0
         chunk = min(rows, _CHUNK) * own
         if self.screened is None or rows <= _PROBE:
-            kept = {"features of a chunk": max(self.itemsize * chunk, received) + 0.5 * self.itemsize * chunk}
-            looking = {}
+            # Where many features are active, or on GPUs, half as many gradients are there, too.
+            half = 0 if self.k and not self.on_gpu else 0.5 * self.itemsize * chunk
+            kept, looking = {"features of a chunk": max(self.itemsize * chunk, received) + half}, {}
         else:
             size, more = _ROUNDED[self.screened]
             bounds = 2 if self.screened == "bfloat16" else 4

@@ -75,20 +75,7 @@ def of_whole_batch(
     plain = type(sae).before_update is SAEModule.before_update  # which is linear, and looks at each row by itself
     if len({*share.counts}) == 1 and plain:
         weight, left = 1.0, weight
-    small = []
-    for parameter in sae.parameters():
-        if (gradient := parameter.grad) is None:
-            continue
-        if weight != 1:
-            gradient.mul_(weight)
-        if plain and parameter in parted:
-            parted[parameter].sum_gradient()
-        elif gradient.numel() >= LARGE:
-            if gradient.stride() != parameter.stride():  # which it may be in this process alone
-                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
-            share.rows.sum_(gradient)
-        else:
-            small.append(gradient)
+    small = _summed(sae, share, weight, parted if plain else {})
     wide = torch.promote_types(result.loss.dtype, torch.float32)
     # By their names, since one process may have put them together in another order.
     losses, metrics = ({name: given[name] for name in sorted(given)} for given in (result.losses, result.metrics))
@@ -109,6 +96,25 @@ def of_whole_batch(
         metrics={name: of_metrics[name] for name in result.metrics},
         fired=fired,
     ), left
+
+
+def _summed(sae: SAEModule, share: Share, weight: float, parted: Mapping[nn.Parameter, Shown]) -> list[Tensor]:
+    """Multiply gradients by ``weight``, and add up the large ones over processes; the small ones are still to be."""
+    small = []
+    for parameter in sae.parameters():
+        if (gradient := parameter.grad) is None:
+            continue
+        if weight != 1:
+            gradient.mul_(weight)
+        if parameter in parted:
+            parted[parameter].sum_gradient()
+        elif gradient.numel() >= LARGE:
+            if gradient.stride() != parameter.stride():  # which it may be in this process alone
+                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
+            share.rows.sum_(gradient)
+        else:
+            small.append(gradient)
+    return small
 
 
 def _number(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

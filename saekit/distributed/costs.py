@@ -199,7 +199,7 @@ class Job:
         rows, own, group = self.rows / mesh.data, self.d_sae / mesh.features, self._group(mesh)
         found = {"reconstructions": self.itemsize * rows * self.d_out}
         if self.k:
-            made = own if self.on_gpu else 2 * min(own, _BLOCK)  # one is still there when the next is made
+            made = own if self.on_gpu else min(own, 2 * _BLOCK)  # one is still there when the next is made
             found["gradients of a group"] = self.itemsize * made * max(self.d_in, self.d_out)
             found["active entries"] = _ENTRY * self._entries(mesh)
         if mesh.features > 1:  # small groups are kept until there are several

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from saekit.sae.init import zeros
 from saekit.sae.parameters import Parameter, ParameterTable
 from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
-from saekit.testing.checks.two_processes import DATA, FEATURES, on_two
+from saekit.testing.checks.two_processes import DATA, FEATURES, Mesh, on_two
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.shown import Shown
 
@@ -207,7 +208,7 @@ def two_processes(subject: Subject) -> None:
 
     alone = _Training(subject, "float64")
     alone.step(5)
-    works = {DATA: alike}
+    works: dict[Mesh, Callable[[World], Any]] = {DATA: alike}
     if _is_elementwise(alone.optimizer):
         works[FEATURES] = halves
     found = on_two(works, subject.place)

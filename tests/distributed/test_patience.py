@@ -15,7 +15,7 @@ import pytest
 import torch.distributed as dist
 
 from saekit.config import DistributedConfig
-from saekit.distributed import main_thread, patience, world
+from saekit.distributed import main_thread, patience, telling, world
 from saekit.distributed.agreement import by_first, done_by_all, left_by_all
 from saekit.distributed.group import ONE, Group, JoinedGroup, MetGroup
 from saekit.distributed.main_thread import MainThread
@@ -223,6 +223,20 @@ def test_one_that_does_nothing_is_given_up(hanging: threading.Event) -> None:
         r"process 0 has done nothing for 0\.5 s \(distributed\.stuck_s\): it is in threading\.wait \(line \d+\), ",
         str(error),
     )
+
+
+def test_of_one_that_hangs_in_a_step_it_is_told_where_it_was_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its last words; of one that has said nothing, nothing."""
+    monkeypatch.setattr(telling, "PATIENCE", 0.05)
+    for words, told in (
+        ('[7, 0.0, "plugin.measure (line 3)", []]', "; it was last in plugin.measure (line 3)"),
+        ("", ""),
+    ):
+        store, error = dist.HashStore(), LostProcessError("another process of the run has gone")
+        if words:
+            store.set("beat/1", words)
+        Telling(store, 0, 2).account(error)
+        assert error.__notes__ == [f"process 1 {telling._GONE}{told}"]
 
 
 def test_people_are_told_for_whom_processes_wait(

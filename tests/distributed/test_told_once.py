@@ -32,13 +32,10 @@ def test_what_is_no_number_in_one_is_told_by_the_first_of_all(tmp_path: Path) ->
     assert second[1] == ""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [
-        (1, "distributed.features=1"),
-        pytest.param(0, "distributed.features=2", marks=pytest.mark.processes),
-        pytest.param(0, "checkpoints.n_checkpoints=0", marks=pytest.mark.processes),
-    ],
+    [(1, "distributed.features=1"), (0, "distributed.features=2"), (0, "checkpoints.n_checkpoints=0")],
 )
 def test_a_full_disk_of_one_ends_all(tmp_path: Path, rank: int, words: str) -> None:
     """Where a checkpoint is written, or without them the SAE at the end, which the first process alone writes."""

@@ -25,7 +25,10 @@ class DistributedConfig:
     """Groups of so many processes, each of which trains on its part of every batch.  None: all processes over
     `features`, or over `saes`."""
     timeout_s: float = attrs.field(default=600.0, validator=check(lambda v: v > 0, "above 0", most=10**8))
-    """Seconds that a process waits for the others before it gives up."""
+    """Seconds that a process waits for the others in a step, or for a word of one, before it gives up."""
+    stuck_s: float = attrs.field(default=3600.0, validator=check(lambda v: v > 0, "above 0", most=10**8))
+    """Seconds for which a process may do nothing at all, neither compute nor read or write, while the others wait for
+    it beside steps, before they give up."""
 
     __repr__ = changed_repr
 

@@ -14,15 +14,21 @@ from saekit.distributed.sizes import FEW, LARGE, OF_ALL, OF_ROWS, counts_sent
 
 __all__ = ["Job", "Mesh", "Message", "Rates", "advised", "meshes"]
 
-_FLOAT, _LONG = 4, 8
+_LONG = 8
 _CHUNK = 1024
 """Rows at a time of which a fast step holds all features: :data:`saekit.kernels.encoder.CHUNK`."""
+_PROBE = 256
+"""Rows that show where the largest of a batch begin: :data:`saekit.kernels.encoder.PROBE`."""
 _ENTRIES, _ENTRY = 1 << 18, 64
 """Entries of a sparse group, and about the bytes that one takes with all that is made of it."""
 _EXCESS = 1.5
 """Times as many candidates as are wanted where entries compete over the whole batch."""
 _BLOCK = 2048
 """Features at a time of which CPUs make weight gradients."""
+_PLAIN = 6
+"""Tensors of features of a whole batch that a step by autograd has at one time: measured, see docs/recipes.md."""
+_ROUNDED = {"bfloat16": (2, 8), "int8": (1, 32)}
+"""Of a first look: bytes of a number of the rounded encoder, and about how many more it has for each feature."""
 
 
 @attrs.frozen
@@ -72,7 +78,7 @@ class Rates:
 
 @attrs.frozen
 class Job:
-    """An SAE in training, float32, as far as costs depend on it."""
+    """An SAE in training, as far as costs depend on it."""
 
     split: int
     """Numbers of its parameters that have an axis of features."""
@@ -90,9 +96,24 @@ class Job:
     together, as in BatchTopK; None: nowhere."""
     moments: float = 2
     """Numbers that the optimizer keeps of each parameter."""
-    screened: bool = False
-    """Whether a first look in bfloat16 finds what is active, as on CPUs: then a chunk's features and a copy of the
-    encoder are there in half as many bytes, no chunk of features in float32, and gradients are made block by block."""
+    screened: str | None = None
+    """What a first look finds active features in, as on CPUs, ``bfloat16`` or ``int8``: then a rounded copy of the
+    encoder is there, bounds of a chunk take the place of its features, and gradients are made block by block.  None:
+    there is none."""
+    fast: bool = True
+    """Whether a fast kernel makes the steps; else autograd does, which has features of all rows, several times."""
+    beside: float = 0
+    """Numbers that a kernel holds beside what every one does, for all rows."""
+    on_gpu: bool = False
+    """Whether its device is one that is not waited for: then one process finds what competes over a batch among the
+    features of all rows, and weight gradients are made of all features at once."""
+    rounded: bool = False
+    """Whether encoder and decoder are copied in bfloat16, for products in that."""
+    itemsize: int = 4
+    """Bytes of a number."""
+    undivided: float = 0
+    """Of the parameters that are split, numbers in large ones whose features do not lie one after the other in memory,
+    as in ``W_enc`` in float64: where batches are split, every process updates all of these."""
     gathers_rows: bool = True
     """Whether each process has rows of its own, which a feature group gathers."""
     vectors: int = 1
@@ -120,55 +141,71 @@ class Job:
     def state_bytes(self, mesh: Mesh) -> float:
         """Parameters, gradients, the optimizer's moments and firing counts of one process."""
         numbers = 2 * self.parameters(mesh) + self.moments * self.updated(mesh)
-        return numbers * _FLOAT + 2 * _LONG * self.d_sae / mesh.features
+        return numbers * self.itemsize + 2 * _LONG * self.d_sae / mesh.features
 
     def updated(self, mesh: Mesh) -> float:
         """Parameters that one process updates, and of which it keeps moments: of large ones those of some features."""
-        large = self.split / mesh.features - self._small_split(mesh)
+        large = max(self.split / mesh.features - self._small_split(mesh) - self.undivided / mesh.features, 0)
         if not self.elementwise or (self.d_sae / mesh.features) % mesh.data:
             large = 0
         return self.parameters(mesh) - large * (1 - 1 / mesh.data)
 
     def step_bytes(self, mesh: Mesh) -> float:
-        """What a fast step takes beside that, when it takes most: see :meth:`held`."""
+        """What a step takes beside that, when it takes most: see :meth:`held`."""
         return sum(self.held(mesh).values())
 
     def held(self, mesh: Mesh) -> dict[str, float]:
-        """Bytes of the tensors that a fast step has at one time, by what they are; AuxK's are left out.
+        """Bytes of the tensors that a step has at one time, by what they are.
 
         On a CPU memory of products is kept from step to step, so that features, the rounded encoder and masks are there
         while gradients are made.
         """
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
-        chunk, group = min(rows, _CHUNK), self._group(mesh)
+        found = {"beside": self.itemsize * self.beside / mesh.data} if self.beside else {}
+        if self.rounded:
+            found["rounded weights"] = 2 * own * (self.d_in + self.d_out)
+        if not self.fast:
+            found["inputs and reconstructions"] = self.itemsize * 4 * rows * (self.d_in + self.d_out)
+            return found | {"features of all rows": self.itemsize * _PLAIN * rows * own}
+        found["inputs"] = self.itemsize * rows * self.d_in * (2 if self.centers else 1)
+        if self.on_gpu and self._competing == "all" and mesh.size == 1:  # gone when gradients are made
+            alone = {"features of all rows": self.itemsize * rows * own, "active entries": _ENTRY * self.k * rows}
+        else:
+            alone = {}
         # What others send of a gradient is received in the memory of a chunk's features.
         parts = self.updated(mesh) < self.parameters(mesh)
-        received = (1 - 1 / mesh.data) * _FLOAT * own * max(self.d_in, self.d_out) if parts else 0
-        found = {"inputs": _FLOAT * rows * self.d_in * (2 if self.centers else 1)}
-        found["errors"] = _FLOAT * group * self.d_out
-        if not self.screened:
-            found["features of a chunk"] = max(_FLOAT * chunk * own, received) + 0.5 * _FLOAT * chunk * own
-            return found | self._in_gradients(mesh)
-        found["features of a chunk"] = max(2 * chunk * own, received) + chunk * own  # bounds in bfloat16, and a mask
-        found["the rounded encoder"] = 2 * own * (self.d_in + 8)
-        # While a chunk is looked at, of every 32 the largest is there in float32, five times.
-        return found | max(
-            {"bounds of a chunk": chunk * own * 5 * _FLOAT / 32},
-            self._in_gradients(mesh),
-            key=lambda one: sum(one.values()),
-        )
+        received = (1 - 1 / mesh.data) * self.itemsize * own * max(self.d_in, self.d_out) if parts else 0
+        chunk = min(rows, _CHUNK) * own
+        if self.screened is None or rows <= _PROBE:
+            # Where many features are active, or on GPUs, half as many gradients are there, too.
+            half = 0 if self.k and not self.on_gpu else 0.5 * self.itemsize * chunk
+            kept, looking = {"features of a chunk": max(self.itemsize * chunk, received) + half}, {}
+        else:
+            size, more = _ROUNDED[self.screened]
+            bounds = 2 if self.screened == "bfloat16" else 4
+            kept = {"features of a chunk": max(bounds * chunk, received) + chunk}  # bounds, and a mask
+            kept["the rounded encoder"] = size * own * (self.d_in + more)
+            # While a chunk is looked at, of every 32 the largest is there in float32, five times.
+            looking = kept | {"bounds of a chunk": chunk * 5 * 4 / 32}
+        if self._competing == "all" and not alone:
+            # Of the first rows that half which is above zero, by its places, shows what the batch's largest reach.
+            looking = kept | {"features of the first rows": min(rows, _PROBE) * own * (2 + (16 + self.itemsize) / 2)}
+        errors = {"errors": self.itemsize * self._group(mesh) * self.d_out}
+        turns = [alone, errors | looking, errors | kept | self._in_gradients(mesh), kept | self._in_auxk(mesh)]
+        return found | max(turns, key=lambda one: sum(one.values()))
 
     def _in_gradients(self, mesh: Mesh) -> dict[str, float]:
         """Of :meth:`held`, what is there while gradients are made."""
         rows, own, group = self.rows / mesh.data, self.d_sae / mesh.features, self._group(mesh)
-        found = {"reconstructions": _FLOAT * rows * self.d_out}
+        found = {"reconstructions": self.itemsize * rows * self.d_out}
         if self.k:
-            made = min(own, _BLOCK) if self.screened else own
-            found["gradients of a group"] = _FLOAT * made * max(self.d_in, self.d_out)
+            made = own if self.on_gpu else min(own, 2 * _BLOCK)  # one is still there when the next is made
+            found["gradients of a group"] = self.itemsize * made * max(self.d_in, self.d_out)
             found["active entries"] = _ENTRY * self._entries(mesh)
         if mesh.features > 1:  # small groups are kept until there are several
             several = min(rows, max(_CHUNK, own / 2))
-            found["errors kept"] = _FLOAT * several * (self.d_out if several <= group else 2 * self.d_out + self.d_in)
+            width = self.d_out if several <= group else 2 * self.d_out + self.d_in
+            found["errors kept"] = self.itemsize * several * width
         found["what others tell"] = sum(
             message.size * (self._processes(message, mesh) + (2 if message.what == "largest features" else 1))
             for message in self.messages(mesh)
@@ -176,12 +213,27 @@ class Job:
         )
         return found
 
+    def _in_auxk(self, mesh: Mesh) -> dict[str, float]:
+        """The same for AuxK, which comes after that: of the dead features weights, gradients and what is looked at."""
+        if not self.k_aux:
+            return {}
+        rows, own = self.rows / mesh.data, self.d_sae / mesh.features
+        chunk, dead = min(rows, _CHUNK), min(self.k_aux, own)
+        found = {"reconstructions": self.itemsize * rows * self.d_out}
+        if self.on_gpu:  # among all features, of which those that are alive are passed over
+            found["features that AuxK compares"] = self.itemsize * chunk * own
+            found["entries of AuxK"] = _ENTRY * chunk * dead
+            return found
+        found["dead features"] = self.itemsize * dead * (2 * (self.d_in + self.d_out) + 3 * chunk)
+        found["errors of AuxK"] = 2 * self.itemsize * chunk * self.d_out
+        return found
+
     def _entries(self, mesh: Mesh) -> float:
         """Active entries of a group of rows, those included that compete with others'."""
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
         if self._competing == "all":
             return _EXCESS * self.k * rows / mesh.features
-        return min(rows * self.k, max(_ENTRIES, _CHUNK * own * _FLOAT / 4 / _ENTRY))
+        return min(rows * self.k, max(_ENTRIES, _CHUNK * own * self.itemsize / 4 / _ENTRY))
 
     def _group(self, mesh: Mesh) -> float:
         """Rows of a group."""
@@ -190,7 +242,7 @@ class Job:
             return min(rows, _CHUNK)
         if self._competing == "all":
             return rows
-        most = max(_ENTRIES, _CHUNK * own * _FLOAT / 4 / _ENTRY)
+        most = max(_ENTRIES, _CHUNK * own * self.itemsize / 4 / _ENTRY)
         return min(rows, max(most // (self.k * _CHUNK), 1) * _CHUNK)
 
     def bytes(self, mesh: Mesh) -> float:
@@ -213,24 +265,26 @@ class Job:
         found, rows = [], self.rows / mesh.data
         if mesh.features > 1:
             if self.gathers_rows:
-                found.append(Message("rows", "features", True, _FLOAT * self.rows / mesh.size * self.d_in))
+                found.append(Message("rows", "features", True, self.itemsize * self.rows / mesh.size * self.d_in))
             if self._competing == "features":
-                found += _of_rows("largest features", rows, self.k, mesh.features)
-            found.append(Message("reconstructions", "features", False, _FLOAT * rows * self.d_out))
+                found += _of_rows("largest features", rows, self.k, mesh.features, self.itemsize)
+            found.append(Message("reconstructions", "features", False, self.itemsize * rows * self.d_out))
             if self.centers:
-                found.append(Message("gradient of b_dec", "features", False, _FLOAT * self.d_in))
+                found.append(Message("gradient of b_dec", "features", False, self.itemsize * self.d_in))
             if self.k_aux:
-                found += _of_rows("dead features", rows, self.k_aux, mesh.features, revives=True)
-                found.append(Message("reconstructions by AuxK", "features", False, _FLOAT * rows * self.d_out, True))
+                found += _of_rows("dead features", rows, self.k_aux, mesh.features, self.itemsize, revives=True)
+                found.append(
+                    Message("reconstructions by AuxK", "features", False, self.itemsize * rows * self.d_out, True)
+                )
         if mesh.data > 1:
             small = self._small(mesh)
-            found.append(Message("gradients", "data", False, _FLOAT * (self.parameters(mesh) - small)))
+            found.append(Message("gradients", "data", False, self.itemsize * (self.parameters(mesh) - small)))
             counts = _LONG * (self.d_sae / mesh.features + small)
             found.append(Message("firing counts and small gradients", "data", False, counts))
             if self.k_aux:
-                found.append(Message("means for AuxK", "data", False, 2 * _FLOAT * self.d_out, True))
+                found.append(Message("means for AuxK", "data", False, 2 * self.itemsize * self.d_out, True))
         if self._competing == "all":
-            counts = _LONG * counts_sent(32, OF_ALL)
+            counts = _LONG * counts_sent(8 * self.itemsize, OF_ALL)
             for over in ("features", "data"):
                 if getattr(mesh, over) > 1:
                     found.append(Message("counts of largest features", over, False, counts))
@@ -255,10 +309,12 @@ class Job:
         and moments there and back, and gradients twice; features of each row, several times; rows of weights that
         active entries meet."""
         rows, own = self.rows / mesh.data, self.d_sae / mesh.features
-        moved = _FLOAT * (3 * self.parameters(mesh) + self.updated(mesh) * (2 + 2 * self.moments + 2))
-        moved += rows * own * (3 * 2 + 3 if self.screened else 3 * _FLOAT)  # written, and looked at twice; and a mask
-        moved += self.d_in * own * (2 * _FLOAT + 2) if self.screened else 0
-        return moved + rows * self.k / mesh.features * _FLOAT * (2 * self.d_in + 3 * self.d_out)
+        moved = self.itemsize * (3 * self.parameters(mesh) + self.updated(mesh) * (2 + 2 * self.moments + 2))
+        looked_at = self.itemsize if self.screened is None else (3 if self.screened == "bfloat16" else 5)  # and a mask
+        moved += 3 * looked_at * rows * own  # written, and looked at twice
+        if self.screened is not None:
+            moved += self.d_in * own * (2 * self.itemsize + _ROUNDED[self.screened][0])
+        return moved + rows * self.k / mesh.features * self.itemsize * (2 * self.d_in + 3 * self.d_out)
 
     def seconds(self, mesh: Mesh, rates: Rates) -> float:
         """Of a step: products, what goes through memory, and messages, one after the other."""
@@ -266,15 +322,15 @@ class Job:
         return done + self.sent_bytes(mesh) / rates.links
 
 
-def _of_rows(what: str, rows: float, k: int, parts: int, *, revives: bool = False) -> list[Message]:
+def _of_rows(what: str, rows: float, k: int, parts: int, itemsize: int, *, revives: bool = False) -> list[Message]:
     """How each row's ``k`` largest of so many ``parts`` of features are found: see
     :meth:`saekit.distributed.Share.among_largest`."""
     if (parts - 1) * k <= FEW:
-        return [Message(what, "features", True, _FLOAT * rows * k, revives)]
-    counts = _FLOAT * rows * counts_sent(32, OF_ROWS)
+        return [Message(what, "features", True, itemsize * rows * k, revives)]
+    counts = 4 * rows * counts_sent(8 * itemsize, OF_ROWS)
     return [
         Message(f"counts of {what}", "features", False, counts, revives),
-        Message(f"counts of equal {what}", "features", True, _FLOAT * rows, revives),
+        Message(f"counts of equal {what}", "features", True, 4 * rows, revives),
     ]
 
 

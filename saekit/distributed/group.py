@@ -52,6 +52,11 @@ class Group:
         """:meth:`sum` of each of several small ``values``, of whatever types, in one message."""
         return [*values]
 
+    def same(self, number: int) -> bool | None:
+        """Whether every process gives the same whole ``number``; None: to ask them, this one would have to wait for its
+        device."""
+        return True
+
     def gather(self, value: Tensor) -> list[Tensor]:
         """The ``value`` of every process, in their order; of one shape and type."""
         return [value]
@@ -145,6 +150,8 @@ class JoinedGroup(Group):
 
         self._dist, self._joined, self._meeting = dist, group, meeting
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        # Groups that saekit makes speak on CPUs, too; one of somebody else's may know GPUs alone.
+        self._by_host = "cpu" in str(dist.get_backend_config(group))
 
     @property
     def _group(self) -> Any:
@@ -218,6 +225,13 @@ class JoinedGroup(Group):
         flat = self.sum_(torch.cat([value.detach().reshape(-1).double() for value in values]))
         parts = flat.split([value.numel() for value in values])
         return [part.to(value.dtype).view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+    @not_compiled
+    def same(self, number: int) -> bool | None:
+        if not self._by_host:
+            return None
+        total = self.sum_(torch.tensor(number, device="cpu"))
+        return int(total) == number * self.size
 
     @not_compiled
     def gather(self, value: Tensor) -> list[Tensor]:

@@ -3,15 +3,19 @@
 In a collective of the engine's they wait until ``distributed.timeout_s``, which is for the messages of a step.  What
 else they agree on may take any time: a disk is slow, or one process measures what the others do not.  There, each says
 in torch's store that it has come; and as long as a run lasts it says there from time to time that it is there, from a
-thread, whatever it does meanwhile.  So one that has gone, or says nothing for ``distributed.timeout_s``, is named.
+thread, whatever it does meanwhile, and what that is.  So one that has gone, or says nothing for
+``distributed.timeout_s``, or does nothing for ``distributed.stuck_s``, is named; of one that is long at work, the
+others say so.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -19,9 +23,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from saekit.distributed.main_thread import MainThread
 from saekit.errors import LostProcessError
 
-__all__ = ["Meeting", "Patience", "in_time"]
+__all__ = ["Meeting", "Patience", "in_time", "place_told"]
 
 T = TypeVar("T")
 
@@ -33,6 +38,8 @@ _LONG = 0.3
 """Seconds after which it looks whether the others are there."""
 _AT_ONCE = 8
 """Of so many others at a time: all of many would ask the store for all of many."""
+_TELL = 300.0
+"""Seconds of waiting after which people are told for whom, again and again."""
 _FAILED = 5.0
 """Seconds in which one that has failed waits for the others: it may be it that they wait for, in a collective."""
 
@@ -40,21 +47,27 @@ _FAILED = 5.0
 class Patience:
     """Of the process ``rank`` of a world, by a ``store`` of torch's that all of it can write to and read."""
 
-    def __init__(self, store: Any, rank: int, timeout_s: float) -> None:
+    def __init__(self, store: Any, rank: int, timeout_s: float, stuck_s: float = float("inf")) -> None:
+        """``timeout_s``, in which a process must say that it is there, and ``stuck_s``, in which it must do
+        something."""
         self.store, self.rank = store, rank
-        self._timeout_s = timeout_s
+        self._timeout_s, self._stuck_s = timeout_s, stuck_s
+        self._waits: list[str] = []
+        """Where threads of this process wait for others."""
 
     @contextlib.contextmanager
     def beating(self) -> Iterator[None]:
-        """While the context is open, this process says that it is there."""
-        ended = threading.Event()
+        """While the context is open, this process says that it is there, and what the thread is at that opens it."""
+        ended, own = threading.Event(), MainThread()
         self.asked(lambda: self.store.set(f"place/{self.rank}", f"{_machine()} {os.getpid()}"))
 
         def beat() -> None:
             pause = min(_BEAT, self._timeout_s / 4)
             for number in itertools.count():
                 with contextlib.suppress(RuntimeError):  # where the store has gone, who asks it next finds out
-                    self.store.set(f"beat/{self.rank}", str(number))
+                    waits = [*self._waits]
+                    told = [number, round(own.idle(waits=bool(waits)), 1), own.where(), waits]
+                    self.store.set(f"beat/{self.rank}", json.dumps(told))
                 if ended.wait(pause):
                     break
             with contextlib.suppress(RuntimeError):
@@ -68,26 +81,52 @@ class Patience:
             ended.set()
             thread.join(min(self._timeout_s, _FAILED))  # where the store hangs, so does the thread
 
-    def until(self, there: Callable[[], T | None], whom: Sequence[int], most: float | None = None) -> T | None:
+    def until(
+        self, there: Callable[[], T | None], whom: Sequence[int], most: float | None = None, *, place: str
+    ) -> T | None:
         """What ``there`` finds in the store, when it does, as long as each of the processes ``whom`` is there.
 
-        None when so many seconds have gone by, where ``most`` says so.
+        None when so many seconds have gone by, where ``most`` says so.  ``place`` is that of no other waiting: those of
+        ``whom`` that are there, too, are not waited for.
         """
         begun = looked = time.monotonic()
-        pause, others, heard = _SOONEST, itertools.cycle(whom), dict[int, tuple[str, float]]()
-        while (found := self.asked(there)) is None:
-            now = time.monotonic()
-            if most is not None and now - begun > most:
-                return None
-            if now - looked > _LONG:
-                looked = now
-                for rank in itertools.islice(others, min(len(whom), _AT_ONCE)):
-                    # One that came and has ended since then is not waited for.
-                    if (why := self._why_not_there(rank, heard)) and self.asked(there) is None:
-                        raise LostProcessError(f"another process of the run has gone, or does not answer: {why}")
-            time.sleep(pause)
-            pause = min(1.3 * pause, _LATEST)
+        pause, others, heard, told = _SOONEST, itertools.cycle(whom), dict[int, tuple[str, float]](), begun
+        self._waits.append(place)
+        try:
+            while (found := self.asked(there)) is None:
+                now = time.monotonic()
+                if most is not None and now - begun > most:
+                    return None
+                if now - looked > _LONG:
+                    looked = now
+                    for rank in itertools.islice(others, min(len(whom), _AT_ONCE)):
+                        # One that came and has ended since then is not waited for.
+                        if (why := self._why_not_there(rank, heard)) and self.asked(there) is None:
+                            raise LostProcessError(f"another process of the run has gone, or does not answer: {why}")
+                if now - told > _TELL:
+                    told = now
+                    self._tell(now - begun, [rank for rank in whom if place not in _Beat.of(heard.get(rank)).waits])
+                time.sleep(pause)
+                pause = min(1.3 * pause, _LATEST)
+        finally:
+            self._waits.remove(place)
         return found
+
+    def _tell(self, seconds: float, whom: Sequence[int]) -> None:
+        """On the terminal, that this process waits for ``whom``; of those that wait for them, one says so."""
+        for rank in whom:
+            turn = int(time.time() // _TELL)
+            key, before = f"waits/{rank}/{turn}", f"waits/{rank}/{turn - 2}"
+
+            def first(key: str = key, before: str = before) -> bool:
+                self.store.delete_key(before)
+                return int(self.store.add(key, 1)) == 1
+
+            if not self.asked(first):
+                continue
+            beat = _Beat.of((self.asked(lambda rank=rank: self._told(f"beat/{rank}")) or "", 0.0))  # type: ignore[misc]
+            sys.stderr.write(f"process {self.rank} has waited {seconds:.0f} s for process {rank}, which {beat.doing}\n")
+            sys.stderr.flush()
 
     def _why_not_there(self, rank: int, heard: dict[int, tuple[str, float]]) -> str:
         """Why another process need not be waited for, in words, or nothing; its last words are ``heard``."""
@@ -106,6 +145,9 @@ class Patience:
             heard[rank] = beat, now
         elif now - since > self._timeout_s:
             return f"process {rank} has said nothing for {self._timeout_s:g} s (distributed.timeout_s)"
+        told = _Beat.of((beat, now))
+        if told.idle > self._stuck_s and not told.waits:
+            return f"process {rank} has done nothing for {self._stuck_s:g} s (distributed.stuck_s): it {told.doing}"
         return ""
 
     def _told(self, key: str) -> str | None:
@@ -126,6 +168,31 @@ class Patience:
                 f"has said nothing for {self._timeout_s:g} s (distributed.timeout_s)"
             )
         return found[0]
+
+
+class _Beat:
+    """What a process said last."""
+
+    def __init__(self, idle: float = 0.0, where: str = "", waits: Sequence[str] = ()) -> None:
+        self.idle, self.where, self.waits = idle, where, waits
+
+    @classmethod
+    def of(cls, heard: tuple[str, float] | None) -> _Beat:
+        """Of its words; of none, nothing is known."""
+        return cls(*json.loads(heard[0])[1:]) if heard is not None and heard[0] else cls()
+
+    @property
+    def doing(self) -> str:
+        """What it does, in words that follow on it."""
+        if self.waits:
+            return "waits for others elsewhere"
+        idle = f", and has done nothing for {self.idle:.0f} s" if self.idle > 2 * _BEAT else ""
+        return f"is in {self.where or 'a place that it did not say'}{idle}"
+
+
+def place_told(beat: str) -> str:
+    """Where a process was, by its last words; empty where it did not say."""
+    return _Beat.of((beat, 0.0)).where
 
 
 def in_time(work: Callable[[], T], seconds: float, name: str) -> list[T]:
@@ -196,7 +263,8 @@ class Meeting:
             return [str(store.get(key).decode()) if store.check([key]) else "" for key in keys]
 
         self._patience.asked(come)
-        if self._patience.until(all_here, self._others, _FAILED if word else None) is None:
+        most = _FAILED if word else None
+        if self._patience.until(all_here, self._others, most, place=place) is None:
             return None
         return self._patience.asked(said)
 
@@ -217,7 +285,7 @@ class Meeting:
             store.delete_key(key)
             return found
 
-        found = self._patience.until(word, [rank])
+        found = self._patience.until(word, [rank], place=key)
         assert found is not None
         return found
 

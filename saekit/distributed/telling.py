@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from hashlib import blake2b
 from typing import Any, TypeVar
 
-from saekit.distributed.patience import in_time
+from saekit.distributed.patience import in_time, place_told
 from saekit.errors import LostProcessError
 from saekit.reasons import error_text
 
@@ -68,8 +68,14 @@ class Telling:
         if self._store is None:  # it was the process that has the store
             return f"process 0 {_GONE}"
         ends = [f"process {rank} ended: {text}" for rank, text in told.items() if text]
-        gone = [f"process {rank} {_GONE}" for rank, text in told.items() if text is None]
+        gone = [f"process {rank} {_GONE}{self._last_in(rank)}" for rank, text in told.items() if text is None]
         return "; ".join([*ends, *gone]) or "all processes are still there"
+
+    def _last_in(self, rank: int) -> str:
+        """Where a process was when it last said so, in words."""
+        key = f"beat/{rank}"
+        beat = self._asked(lambda: str(self._store.get(key).decode()), "") if self._has(key) else ""
+        return f"; it was last in {where}" if (where := place_told(beat)) else ""
 
     def _told(self, rank: int) -> str | None:
         """What ended a process; nothing, where it is there; None: it does not say."""

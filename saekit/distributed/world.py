@@ -124,7 +124,7 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
         return
     with contextlib.ExitStack() as ends:
         with _ended_by_signals():
-            world = _joined(launched, data, width, config.timeout_s, ends, cuda=cuda)
+            world = _joined(launched, data, width, config, ends, cuda=cuda)
         if config.saes > 1:
             world = attrs.evolve(world, features=Group(), saes=world.features)
         with world.telling.until_the_end():
@@ -132,7 +132,13 @@ def open_world(config: DistributedConfig, *, cuda: bool = False) -> Iterator[Wor
 
 
 def _joined(
-    launched: Launched, data: int, features: int, timeout_s: float, ends: contextlib.ExitStack, *, cuda: bool
+    launched: Launched,
+    data: int,
+    features: int,
+    config: DistributedConfig,
+    ends: contextlib.ExitStack,
+    *,
+    cuda: bool,
 ) -> World:
     """Meet the other processes, and make all groups; each step waits for all of them.
 
@@ -144,9 +150,9 @@ def _joined(
 
     if cuda:
         torch.cuda.set_device(launched.local_rank)
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = datetime.timedelta(seconds=config.timeout_s)
     store, new_group = _engine(launched, timeout, ends, cuda=cuda)
-    patience = None if store is None else Patience(store, launched.rank, timeout_s)
+    patience = None if store is None else Patience(store, launched.rank, config.timeout_s, config.stuck_s)
 
     def joined_by(name: str, group: Any) -> JoinedGroup:
         ranks = torch.distributed.get_process_group_ranks(group)
@@ -210,15 +216,17 @@ def _store(launched: Launched, timeout: datetime.timedelta) -> Any:
     if known not in _STORES:
         found = next(iter(engine.rendezvous("env://", launched.rank, launched.size, timeout=timeout)))
         _STORES[known] = found[0]
+    _STORES[known].set_timeout(timeout)  # it may have been opened for a run with another
     return _STORES[known]
 
 
-def before_others(work: Callable[[], None]) -> None:
+def before_others(work: Callable[[], None], config: DistributedConfig) -> None:
     """Have the first of the processes that ``torchrun`` has started do ``work`` before any of them goes on.
 
-    They need not be in a world yet.  Where it fails, the others have :class:`StorageError`.
+    They need not be in a world yet, and wait as ``config`` says.  Where it fails, the others have
+    :class:`StorageError`.
     """
-    launched, wait = Launched.here(os.environ), DistributedConfig().timeout_s
+    launched = Launched.here(os.environ)
     if launched.size == 1:
         work()
         return
@@ -230,8 +238,9 @@ def before_others(work: Callable[[], None]) -> None:
             by_first(JoinedGroup(engine.group.WORLD), work)
             return
         with _ended_by_signals():
-            store = _store(launched, datetime.timedelta(seconds=wait))
-        patience = Patience(engine.PrefixStore(f"before-{next(_OPENED)}", store), launched.rank, wait)
+            store = _store(launched, datetime.timedelta(seconds=config.timeout_s))
+        prefix = engine.PrefixStore(f"before-{next(_OPENED)}", store)
+        patience = Patience(prefix, launched.rank, config.timeout_s, config.stuck_s)
         ends.enter_context(patience.beating())
         by_first(MetGroup(launched.rank, Meeting(patience, "all", range(launched.size))), work)
 

@@ -10,18 +10,12 @@ from pathlib import Path
 import attrs
 import torch
 
-from saekit.config import TrainingConfig
 from saekit.data.cache.read import available_memory
 from saekit.evals.pieces import at_once
-from saekit.kernels.encoder import CHUNK
-from saekit.kernels.kernel import StepKernel, Use, choose, kernels_of
-from saekit.precision import products
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
-from saekit.values import StepInput
 
-__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "standing_place",
-           "step_bytes", "verdict"]  # fmt: skip
+__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "standing_place", "verdict"]
 
 
 class Of(StrEnum):
@@ -57,13 +51,8 @@ _LESS = {
 }
 """What to do where something takes too much."""
 
-# How many tensors of features there are at one time: measured, see docs/recipes.md.
-_PLAIN = 6
-"""Of a whole batch, in a step by autograd."""
-_FAST = 1.5
-"""Of a chunk, in a fast step."""
 _EVALS = 6
-"""Of a piece, in evals."""
+"""Tensors of features of a piece that evals have at one time: measured, see docs/recipes.md."""
 
 
 @attrs.frozen
@@ -166,41 +155,6 @@ def standing_place(folder: str) -> Path:
     """``folder``, or the nearest of those around it that is there."""
     place = Path(folder).absolute()
     return next(parent for parent in (place, *place.parents) if parent.exists())
-
-
-def step_bytes(sae: SAEModule, training: TrainingConfig, device: str) -> int:
-    """About what a training step takes beside parameters, gradients and the optimizer's moments.
-
-    A fast step has features for a chunk of rows at a time; autograd, which the step of some architectures is left to on
-    a GPU, keeps them for all rows, several times.
-    """
-    rows = training.train_batch_size_tokens
-    kernel = _fast_kernel(sae, training, device)
-    tensors, beside = (_PLAIN * rows, 0) if kernel is None else (_FAST * min(rows, CHUNK), kernel.beside(sae, rows))
-    if training.matmul_precision == "medium" and torch.device(device).type == "cuda":
-        beside += sae.d_sae * (sae.d_in + sae.d_out) // 2  # encoder and decoder, rounded
-    return int((tensors * sae.d_sae + 4 * rows * (sae.d_in + sae.d_out) + beside) * torch.float32.itemsize)
-
-
-def _fast_kernel(sae: SAEModule, training: TrainingConfig, device: str) -> StepKernel[SAEModule] | None:
-    """The kernel of the architecture that steps go by, on a ``device`` that need not be there; None: by autograd."""
-    use = Use(
-        training=True,
-        device=torch.device(device),
-        dtype=sae.dtype,
-        asked=training.kernels,
-        autocast=training.autocast,
-        compiled=training.compile,
-        learning=frozenset(name for name, value in sae.named_parameters() if value.requires_grad),
-    )
-    with products(training.matmul_precision):
-        kernel, _ = choose(kernels_of(sae, use.device), sae, use)
-    kind = "cpu" if use.device.type == "cpu" else "meta"  # rows that are on no CPU, for what asks where they are
-    dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=kind)
-    step = StepInput(step=0, generator=torch.Generator(), dead=dead)
-    if kernel is None or kernel.leaves(sae, torch.zeros(1, sae.d_in, device=kind), step):
-        return None
-    return kernel
 
 
 def eval_bytes(sae: SAEModule, rows: int) -> int:

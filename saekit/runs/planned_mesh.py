@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any
 
 import attrs
-import torch
 
 from saekit.config import TrainConfig
 from saekit.distributed.costs import Job, Mesh, advised
@@ -19,7 +17,7 @@ from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 from saekit.sae.splitting import check_spread
 
-__all__ = ["advice", "facts_of_layout", "facts_of_mesh", "in_step", "job_of", "mesh_text", "planned_world"]
+__all__ = ["advice", "facts_of_layout", "facts_of_mesh", "in_step", "mesh_text", "planned_world"]
 
 _MANY = 512
 """Parts of features up to which a mesh is looked for."""
@@ -55,33 +53,6 @@ def in_step(config: TrainConfig, world: World) -> TrainConfig:
     if world.data.size == 1 or rows % world.data.size:
         return config
     return attrs.evolve(config, training=attrs.evolve(config.training, train_batch_size_tokens=rows // world.data.size))
-
-
-def job_of(
-    sae: SAEModule, config: TrainConfig, kept: int | None, *, gathers_rows: bool, elementwise: bool = True
-) -> Job:
-    """What costs depend on of a whole ``sae``, of which the optimizer keeps so many bytes."""
-    numbers = sae.table.count()
-    parts = [
-        getattr(sae, entry.name)
-        for entry in sae.table
-        if entry.split == "d_sae" and getattr(sae, entry.name) is not None
-    ]
-    split = sum(part.numel() for part in parts)
-    options: Any = sae.config
-    return Job(
-        split,
-        numbers - split,
-        *(sae.d_in, sae.d_out, sae.d_sae, config.training.train_batch_size_tokens),
-        k=int(getattr(options, "k", 0) or 0) if sae.competes_over else 0,
-        competes=sae.competes_over,
-        moments=(kept or 0) / (numbers * torch.float32.itemsize),
-        gathers_rows=gathers_rows,
-        vectors=sum(part.dim() == 1 for part in parts),
-        k_aux=int(getattr(sae, "k_aux", 0)) if getattr(sae, "aux_coefficient", 0) else 0,
-        centers=options.apply_b_dec_to_input,
-        elementwise=elementwise,
-    )
 
 
 def mesh_text(mesh: Mesh) -> str:

@@ -23,8 +23,9 @@ from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
 from saekit.runs.parts import moment_bytes, updates_numbers
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
-from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk, step_bytes
-from saekit.runs.planned_mesh import advice, facts_of_layout, facts_of_mesh, in_step, job_of
+from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk
+from saekit.runs.planned_mesh import advice, facts_of_layout, facts_of_mesh
+from saekit.runs.planned_step import job_of
 from saekit.runs.spreading import spread
 from saekit.runs.timing import bytes_text, duration_text
 from saekit.runs.working_memory import peak_bytes
@@ -68,6 +69,7 @@ class Sizes:
     """Bytes of an SAE as it is saved."""
     source: SourceForwards = attrs.field(factory=SourceForwards)
     """How the source runs the model."""
+    _step_bytes: int = attrs.field(default=0, init=False)
 
     @property
     def backend(self) -> ModelBackend:
@@ -135,8 +137,9 @@ class Sizes:
         mesh = Mesh(self.world.data.size, self.world.features.size)
         shares = source is not None and shares_rows(source)
         by_numbers = kept is not None and updates_numbers(self.config, self.plugins, sae)
-        job = job_of(sae, self.config, kept, gathers_rows=shares, elementwise=by_numbers)
         device = _device(self.config.training.device, self.options.dtype)
+        job = job_of(sae, self.config.training, device, kept, mesh=mesh, gathers_rows=shares, elementwise=by_numbers)
+        self._step_bytes = int(job.step_bytes(mesh))
         self.facts |= facts_of_mesh(job, mesh) | facts_of_layout(job, self.world)
         if mesh.size > 1:
             self.numbers |= {"processes": mesh.size, "sent_bytes": job.sent_bytes(mesh)}
@@ -224,7 +227,7 @@ class Sizes:
             Need(Of.SAE, training, trained),
             Need(Of.BUFFER, self.buffer_device, buffer),
         ]
-        step, forward, evaluated = step_bytes(sae, in_step(self.config, self.world).training, training), 0, 0
+        step, forward, evaluated = self._step_bytes, 0, 0
         features = eval_bytes(sae, self._eval_prompts() * self.corpus.context_size)
         if self.stream.has_model:
             forward, evaluated = self._known_forwards() or self._forwards()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -86,7 +86,9 @@ class Resumption:
         """
         record = RunRecord.read(folder)  # from here on, nothing leads out of it
         launched = Launched.here(os.environ)
-        _tidy_before_others(record, launched)
+        _tidy_before_others(
+            record, launched, lambda: _changed(record.configs(plugins), cfg, overrides, plugins, folder)
+        )
         _check_beginning(record)
         if (fault := record.way_out()) is not None:
             raise PlaceError(f"{folder} cannot be gone on with: {fault}")
@@ -254,14 +256,16 @@ class Resumption:
         return state
 
 
-def _tidy_before_others(record: RunRecord, launched: Launched) -> None:
-    """Nobody looks for a checkpoint where half of one may be going, or coming back."""
+def _tidy_before_others(
+    record: RunRecord, launched: Launched, configs: Callable[[], Mapping[str, TrainConfig]]
+) -> None:
+    """Nobody looks for a checkpoint where half of one may be going, or coming back.  ``configs`` are to go on with."""
     if launched.size == 1:
         _tidy(record)
         return
     from saekit.distributed.world import before_others  # which imports torch
 
-    before_others(lambda: _tidy(record))
+    before_others(lambda: _tidy(record), next(iter(configs().values())).distributed)
 
 
 def _tidy(record: RunRecord) -> None:

@@ -44,15 +44,16 @@ class ScheduledOptimizer:
         table: ParameterTable | None = None,
         features: Group | None = None,
         rows: Group | None = None,
+        large: int | None = None,
     ) -> None:
         """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them.
 
         ``features`` are the processes over which those are split of which the table says so, and ``rows`` those that
-        have the same: of an optimizer that updates each number by itself, each updates a part of what is large.  None:
-        this one has all, and updates all.
+        have the same: of an optimizer that updates each number by itself, each updates a part of what is ``large``:
+        see :class:`Shown`.  None: this one has all, and updates all.
         """
         self._clip, self._features, self._rows = clip, features or Group(), rows or Group()
-        self._schedule, given = schedule, [*parameters]
+        self._schedule, self._large, given = schedule, large, [*parameters]
         device = given[0][1].device
         self._build(given, build, table, self._rows)
         if not self.elementwise and any(shown.parted for shown in self._shown):
@@ -82,7 +83,7 @@ class ScheduledOptimizer:
         rows: Group,
     ) -> None:
         entries = {entry.name: entry for entry in table or ()}
-        self._shown = [Shown(name, parameter, entries.get(name), rows) for name, parameter in parameters]
+        self._shown = [Shown(name, parameter, entries.get(name), rows, self._large) for name, parameter in parameters]
         groups = self._groups(table)
         factors = {id(own): group["lr_factor"] for group in groups for own in group["params"]}
         self._inner = build(groups=groups, lr=self._schedule(0))

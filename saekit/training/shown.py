@@ -17,19 +17,29 @@ from saekit.distributed.sizes import LARGE
 from saekit.kernels.workspace import SHARED
 from saekit.sae.parameters import Parameter
 
-__all__ = ["Shown"]
+__all__ = ["Shown", "lies_by_features"]
 
 
 class Shown:
     """One parameter, and what of it is the optimizer's."""
 
-    def __init__(self, name: str, parameter: nn.Parameter, entry: Parameter | None, rows: Group = ONE) -> None:
-        """``entry`` is that of the table; ``rows`` are the processes that have the same parameter."""
+    def __init__(
+        self,
+        name: str,
+        parameter: nn.Parameter,
+        entry: Parameter | None,
+        rows: Group = ONE,
+        large: int | None = None,
+    ) -> None:
+        """``entry`` is that of the table; ``rows`` are the processes that have the same parameter, which is divided if
+        it has so many numbers or more as ``large`` says; None: as many as are worth it."""
         self.name, self.parameter = name, parameter
         # Fused kernels copy what is not contiguous.  A matrix whose transpose is shows the optimizer that instead.
-        self.turned = parameter.dim() == 2 and parameter.T.is_contiguous() and not parameter.is_contiguous()
+        self.turned = _is_turned(parameter)
         self.split = entry is not None and entry.split is not None
-        self._rows = rows if entry is not None and _has_parts(self._in_memory(parameter), entry, self, rows) else ONE
+        enough = entry is not None and parameter.numel() >= (LARGE if large is None else large)
+        has_parts = enough and entry is not None and _has_parts(parameter, entry, rows)
+        self._rows = rows if has_parts else ONE
         alone = self._rows.size == 1 and not self.turned
         self.own: nn.Parameter = parameter if alone else nn.Parameter(self.of(parameter.detach()))
         """What the optimizer updates."""
@@ -93,12 +103,23 @@ class Shown:
             self._rows.spread_parts_(self._in_memory(self.parameter.detach()))
 
 
-def _has_parts(value: Tensor, entry: Parameter, shown: Shown, rows: Group) -> bool:
-    """Whether each of ``rows`` can have some features of a large parameter, whose memory is ``value``.
+def lies_by_features(parameter: Tensor, entry: Parameter) -> bool:
+    """Whether the features of ``parameter``, whose entry of the table this is, lie one after the other in memory."""
+    turned = _is_turned(parameter)
+    value = parameter.T if turned else parameter
+    return value.is_contiguous() and entry.dims.index("d_sae") == (1 if turned else 0)
+
+
+def _is_turned(parameter: Tensor) -> bool:
+    return parameter.dim() == 2 and parameter.T.is_contiguous() and not parameter.is_contiguous()
+
+
+def _has_parts(parameter: Tensor, entry: Parameter, rows: Group) -> bool:
+    """Whether each of ``rows`` can have some features of a parameter.
 
     Rows of norm 1 must be whole in it, for what is done to their gradients.
     """
-    if rows.size == 1 or entry.split != "d_sae" or value.numel() < LARGE or len(value) % rows.size:
+    if rows.size == 1 or entry.split != "d_sae" or not lies_by_features(parameter, entry):
         return False
-    first = entry.dims.index("d_sae") == (1 if shown.turned else 0)
-    return first and value.is_contiguous() and not (shown.turned and entry.unit_rows)
+    size = parameter.shape[entry.dims.index("d_sae")]
+    return not size % rows.size and not (_is_turned(parameter) and entry.unit_rows)

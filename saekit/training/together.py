@@ -82,38 +82,28 @@ def of_whole_batch(
     A loss is a mean over rows, so that of the whole is the mean of those of the parts, each by its rows.  Where all
     have as many rows, and nobody but the optimizer looks at gradients, it multiplies them as it reads.  Of ``parted``
     parameters other processes update other parts, and unless somebody looks at the whole, own parts of gradients do.
-    ``look`` if all have given the same names, which waits for the device: see :func:`check_names`.
+
+    Before anything else is told, all agree on what will be, by a checksum of names: :func:`check_names` says where
+    they do not.  Where to ask would be to wait for the device, it is seen afterwards, in steps that may ``look``.
     """
     if share.rows.size == 1:
         return result, 1.0
+    names = zlib.crc32(repr(_names(result, sae)).encode())
+    if (agreed := share.rows.same(names)) is False:  # engines take one message for another, or end the process
+        check_names(share, result, sae)
     weight, left = rows / share.n(rows), 1.0
     plain = looks_at_parts(sae)
     if len({*share.counts}) == 1 and plain:
         weight, left = 1.0, weight
-    small = []
-    summed = frozenset() if share.exchange is None else share.exchange.summed
-    for name, parameter in sae.named_parameters():
-        if (gradient := parameter.grad) is None or name in summed:
-            continue
-        if weight != 1:
-            gradient.mul_(weight)
-        if plain and parameter in parted:
-            parted[parameter].sum_gradient()
-        elif gradient.numel() >= LARGE:
-            if gradient.stride() != parameter.stride():  # which it may be in this process alone
-                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
-            share.rows.sum_(gradient)
-        else:
-            small.append(gradient)
+    small = _summed(sae, share, weight, parted if plain else {})
     wide = torch.promote_types(result.loss.dtype, torch.float32)
     # By their names, since one process may have put them together in another order.
     losses, metrics = ({name: given[name] for name in sorted(given)} for given in (result.losses, result.metrics))
     numbers = [_number(value, result.loss, wide) for value in (result.loss, *losses.values(), *metrics.values())]
-    names = zlib.crc32(repr(_names(result, sae)).encode())
     named = torch.tensor(names, dtype=torch.float64, device=result.loss.device)
     own = [number * (rows / share.n(rows)) for number in numbers]
     named, fired, *sums = share.rows.sums([named, result.fired, *small, *own])
-    if look and int(named) != names * share.rows.size:
+    if agreed is None and look and int(named) != names * share.rows.size:
         check_names(share, result, sae)
     for gradient, whole in zip(small, sums, strict=False):
         gradient.copy_(whole)
@@ -126,6 +116,26 @@ def of_whole_batch(
         metrics={name: of_metrics[name] for name in result.metrics},
         fired=fired,
     ), left
+
+
+def _summed(sae: SAEModule, share: Share, weight: float, parted: Mapping[nn.Parameter, Shown]) -> list[Tensor]:
+    """Multiply gradients by ``weight``, and add up the large ones over processes; the small ones are still to be."""
+    small = []
+    made = frozenset() if share.exchange is None else share.exchange.summed  # of the rows of all
+    for name, parameter in sae.named_parameters():
+        if (gradient := parameter.grad) is None or name in made:
+            continue
+        if weight != 1:
+            gradient.mul_(weight)
+        if parameter in parted:
+            parted[parameter].sum_gradient()
+        elif gradient.numel() >= LARGE:
+            if gradient.stride() != parameter.stride():  # which it may be in this process alone
+                parameter.grad = gradient = torch.empty_like(parameter).copy_(gradient)
+            share.rows.sum_(gradient)
+        else:
+            small.append(gradient)
+    return small
 
 
 def _number(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,8 @@
     python tests/bench/scaling.py time [--size 1 2]         steps of real processes, by rates found in the same run
     python tests/bench/scaling.py table | picture FILE      those of docs/scaling.md
 
+With `--quick`, `memory`, `fake` and `time` take a few cases, and a few minutes on two cores.
+
 The fake processes are private to torch, and used here alone.  Prints figures; it judges nothing.
 """
 
@@ -73,7 +75,7 @@ def job(kind: str, d: int, d_sae: int, rows: int = ROWS) -> Job:
 def on_cpu(of: Job, mesh: Mesh) -> Job:
     """With a first look in bfloat16 where there is one."""
     shape = torch.device("cpu"), torch.float32, of.d_sae // mesh.features
-    return attrs.evolve(of, screened=bool(of.k) and why_no_screen(*shape) is None)
+    return attrs.evolve(of, screened="bfloat16" if of.k and why_no_screen(*shape) is None else None)
 
 
 # ---- what is sent
@@ -172,11 +174,8 @@ def peak() -> float:
 
 def memory(world: World, of: Case) -> float:
     """Bytes that training has taken at most, after all that is drawn for the whole SAE is gone."""
-    warm = attrs.evolve(of, d_sae=2048 * world.features.size)
-    for trainer, made in [(warm.trainer(world), warm)]:
-        for batch in made.batches():
-            part = part_of(batch, made, world)
-            trainer.train_on(*trainer.rows_of(part), part)
+    _warm_up(attrs.evolve(of, d_sae=2048 * world.features.size), world)
+    SHARED.release()  # else memory that was there before is used again
     parts = [part_of(batch, of, world) for batch in of.batches()]
     before = _held()
     trainer = of.trainer(world)
@@ -185,6 +184,14 @@ def memory(world: World, of: Case) -> float:
     for part in parts:
         trainer.train_on(*trainer.rows_of(part), part)
     return peak() - before
+
+
+def _warm_up(of: Case, world: World) -> None:
+    """So that what is imported and made once is there; what is of this is gone afterwards."""
+    trainer = of.trainer(world)
+    for batch in of.batches():
+        part = part_of(batch, of, world)
+        trainer.train_on(*trainer.rows_of(part), part)
 
 
 def _held() -> float:
@@ -201,9 +208,13 @@ SHAPES = (("topk", 768, 24576, 1024), ("topk", 512, 16384, 3072), ("batchtopk", 
           ("standard", 512, 8192, 1024))  # fmt: skip
 
 
-def memory_all(sizes: list[int]) -> None:
+QUICK = (("topk", 768, 16384, 1024), ("batchtopk", 640, 16384, 2048))
+"""Large enough for what else a process allocates, some megabytes, to be little beside it."""
+
+
+def memory_all(sizes: list[int], *, quick: bool = False) -> None:
     """In real processes, one kind of mesh after the other."""
-    for kind, d, d_sae, rows in SHAPES:
+    for kind, d, d_sae, rows in QUICK if quick else SHAPES:
         for size in sizes:
             for mesh in meshes(size):
                 given = (case(kind, d, d_sae, 4, rows),)
@@ -260,17 +271,28 @@ def held(world: World, of: Case) -> int:
 # ---- at large sizes
 
 
+class Silent(JoinedGroup):
+    """Whose others say nothing, and so agree."""
+
+    def same(self, number: int) -> bool:
+        return True
+
+    def sum_parts_(self, value: torch.Tensor, memory: torch.Tensor) -> None:
+        memory.zero_()  # nobody writes to it, and what was there may be no number
+        super().sum_parts_(value, memory)
+
+
 def fake_world(mesh: Mesh) -> World:
     """The first process of ``mesh``."""
     import torch.distributed as dist
 
     rows = [data * mesh.features for data in range(mesh.data)]
-    groups = [JoinedGroup(dist.new_group(ranks)) for ranks in (range(mesh.size), rows, range(mesh.features))]
+    groups = [Silent(dist.new_group(ranks)) for ranks in (range(mesh.size), rows, range(mesh.features))]
     every, data, features = (group if group.size > 1 else Group() for group in groups)
     return World(every, data, features, every)
 
 
-def fake_all(sizes: list[int], d: int = 64, d_sae: int = 2**16, rows: int = 2048) -> None:
+def fake_all(sizes: list[int], d: int = 64, d_sae: int = 2**16, rows: int = 2048, *, quick: bool = False) -> None:
     """By one process of each mesh whose others are torch's fake ones: messages of a real step, and its tensors.
 
     What the others would say is not there, so what is computed is nothing.
@@ -278,9 +300,9 @@ def fake_all(sizes: list[int], d: int = 64, d_sae: int = 2**16, rows: int = 2048
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore  # private: here alone
 
-    for kind in ("topk", "batchtopk", "standard"):
+    for kind in ("topk",) if quick else ("topk", "batchtopk", "standard"):
         for size in sizes:
-            for mesh in meshes(size):
+            for mesh in meshes(size)[:: 3 if quick else 1]:
                 if mesh.features & (mesh.features - 1):
                     continue
                 of = case(kind, d, d_sae, 4, rows)
@@ -369,9 +391,9 @@ def steps_timed(world: World, of: Case) -> tuple[Rates, float]:
     return Rates(*best), min(found)
 
 
-def time_all(sizes: list[int]) -> None:
+def time_all(sizes: list[int], *, quick: bool = False) -> None:
     """In real processes of one thread."""
-    for kind, d, d_sae, rows in (("topk", 768, 24576, 4096), ("topk", 512, 16384, 2048)):
+    for kind, d, d_sae, rows in (("topk", 768, 24576, 4096), ("topk", 512, 16384, 2048))[quick:]:
         for size in sizes:
             for mesh in meshes(size):
                 of = attrs.evolve(case(kind, d, d_sae, 100, rows), steps=100)
@@ -402,7 +424,7 @@ H100 = next(iter(DEVICES.values()))
 
 def chosen(d: int, d_sae: int, size: int) -> tuple[Job, Mesh | None]:
     """The mesh that is advised where each process has 80 GB, a sixteenth of which the model and texts take."""
-    of = Job.topk(d, d_sae, BATCH, K)
+    of = attrs.evolve(Job.topk(d, d_sae, BATCH, K), on_gpu=True)
     return of, advised(of, size, lambda mesh: True, FREE * 15 / 16)
 
 
@@ -452,18 +474,23 @@ def main() -> None:
     parser.add_argument("what", choices=["count", "memory", "fake", "time", "table", "picture"])
     parser.add_argument("file", nargs="?", default="scaling.png")
     parser.add_argument("--size", nargs="+", type=int)
+    parser.add_argument(
+        "--quick", action="store_true", help="smaller cases and fewer of them: two minutes on two cores"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)
+    # glibc's malloc keeps some of what is given back to it, more from time to time: up to a tenth of all, as it comes.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     if options.what == "count":
         count_all(options.size or [2, 4])
     elif options.what == "memory":
-        memory_all(options.size or [1, 2, 4])
+        memory_all(options.size or [1, 2, 4], quick=options.quick)
     elif options.what == "fake":
-        fake_all(options.size or [8, 64, 512])
-        meta_all([1, 2, 4, 64, 512])
+        fake_all(options.size or ([8, 512] if options.quick else [8, 64, 512]), quick=options.quick)
+        meta_all([1, 4, 512] if options.quick else [1, 2, 4, 64, 512])
     elif options.what == "time":
-        time_all(options.size or [1, 2])
+        time_all(options.size or [1, 2], quick=options.quick)
     elif options.what == "table":
         print(table())
     else:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from cases import CASES, Made, rows, target_of, trainer_of, weights_of
 
-from saekit.runs.planned_memory import step_bytes
+from saekit.runs.planned_step import step_bytes
 from saekit.training.trainer import SAETrainer
 from saekit.values import StepInput
 

@@ -34,7 +34,12 @@ def test_the_files_are_those_of_one_process(alone: Path, tmp_path: Path, size: i
 
 
 @pytest.mark.parametrize(
-    ("how", "rank"), [("killed", 1), pytest.param("killed", 0, marks=pytest.mark.processes), ("fails", 1)]
+    ("how", "rank"),
+    [
+        ("killed", 1),
+        pytest.param("killed", 0, marks=pytest.mark.processes),
+        pytest.param("fails", 1, marks=pytest.mark.processes),
+    ],
 )
 def test_one_that_ends_leaves_a_cache_to_go_on_with(alone: Path, tmp_path: Path, how: str, rank: int) -> None:
     found = ended(2, [spread_caches.__file__, str(tmp_path), how, str(rank)], timeout=90)

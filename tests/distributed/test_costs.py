@@ -8,9 +8,15 @@ from pathlib import Path
 import attrs
 import pytest
 from support import warm
+from support.processes import Case
 
+import saekit
+from saekit.distributed import ALONE
 from saekit.distributed.costs import Job, Mesh, Rates, advised, meshes
+from saekit.distributed.group import Group
 from saekit.distributed.sizes import LARGE, counts_sent
+from saekit.runs.parts import moment_bytes
+from saekit.runs.planned_step import job_of, step_bytes
 
 BENCH = Path(__file__).parents[1] / "bench"
 
@@ -59,6 +65,50 @@ def test_a_process_has_its_part() -> None:
     assert job.messages(Mesh()) == []
     assert {mesh.size for mesh in meshes(12)} == {12}
     assert len(meshes(12)) == 6
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_a_process_keeps_is_what_its_optimizer_has(dtype: str) -> None:
+    """In float64 features do not lie one after the other in ``W_enc``, which is updated whole."""
+    case = Case({"name": "topk", "k": 3, "k_aux": 1}, widths=(48,), d_sae=2048, dtype=dtype)
+    sae, size = case.trainer(ALONE).sae, 4 if dtype == "float32" else 8
+    plugins, training = saekit.default_manager(), case.config.training
+    job = job_of(sae, training, "cpu", moment_bytes(case.config, plugins, sae), mesh=Mesh(2, 1))
+    for data in (1, 2, 3):
+        group = Group()
+        group.size = data
+        assert moment_bytes(case.config, plugins, sae, group) == 2 * size * job.updated(Mesh(data, 1)), data
+    assert job.undivided == (48 * 2048 if dtype == "float64" else 0)
+
+
+def test_what_competes_over_a_batch_on_a_gpu_counts_all_rows() -> None:
+    """Which is not waited for; two processes look for it by chunks."""
+    case = Case({"name": "batchtopk", "k": 3.0}, widths=(16,), d_sae=2048, dtype="float32", rows=4096)
+    sae, training = case.trainer(ALONE).sae, attrs.evolve(case.config.training, kernels="auto")
+    gpu, cpu = (job_of(sae, training, device) for device in ("cuda", "cpu"))
+    assert gpu.held(Mesh())["features of all rows"] == 4 * 4096 * 2048
+    assert step_bytes(sae, training, "cuda") > 4 * 4096 * 2048
+    assert "features of all rows" not in {**cpu.held(Mesh()), **gpu.held(Mesh(2, 1))}
+    topk = attrs.evolve(gpu, competes="features")
+    assert topk.step_bytes(Mesh()) < gpu.step_bytes(Mesh())
+
+
+def test_a_first_look_in_int8_rounds_to_bytes() -> None:
+    plain = Job.topk(512, 4096, rows=2048, k=8)
+    held = {kind: attrs.evolve(plain, screened=kind).held(Mesh()) for kind in ("bfloat16", "int8")}
+    assert held["bfloat16"]["the rounded encoder"] == 4096 * 2 * (512 + 8)
+    assert held["int8"]["the rounded encoder"] == 4096 * (512 + 32)
+    assert held["int8"]["features of a chunk"] == 5 * 1024 * 4096, "integers of 32 bits, and a mask"
+    few = attrs.evolve(plain, screened="int8", rows=256)
+    assert "the rounded encoder" not in few.held(Mesh()), "too few rows to be worth it"
+
+
+def test_auxk_is_counted_where_it_takes_most() -> None:
+    without = Job.topk(512, 4096, rows=1024, k=8)
+    job = attrs.evolve(without, k_aux=2048)
+    assert job.held(Mesh())["dead features"] == 4 * 2048 * (2 * 1024 + 3 * 1024)
+    assert job.step_bytes(Mesh()) > without.step_bytes(Mesh())
+    assert attrs.evolve(without, k_aux=1).held(Mesh()) == without.held(Mesh()), "one is little beside other gradients"
 
 
 @pytest.mark.parametrize("k", [8, 64])

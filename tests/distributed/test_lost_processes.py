@@ -32,7 +32,7 @@ TIMEOUT = 90  # seconds; a process waits for the others for ten minutes
             ),
             marks=pytest.mark.processes,
         ),
-        ("fails", 1, 1, "process 1 ended: "),
+        pytest.param("fails", 1, 1, "process 1 ended: ", marks=pytest.mark.processes),
     ],
 )
 def test_one_that_ends_ends_all(tmp_path: Path, how: str, rank: int, code: int, told: str) -> None:

@@ -12,6 +12,7 @@ from support.threads import Threads, by_all
 from saekit.distributed.group import Group
 from saekit.distributed.share import Share
 from saekit.training import together
+from saekit.training.shown import Shown
 from saekit.training.together import check_names, of_whole_batch
 from saekit.values import StepOutput
 
@@ -43,8 +44,11 @@ def test_they_are_added_up_by_name_in_whatever_order() -> None:
         assert [*found.metrics] == [*like.metrics]
 
 
-def test_other_names_are_found_in_every_step() -> None:
-    """As many as the others give, so that they would be added up with them."""
+@pytest.mark.parametrize("by_host", [True, False])
+def test_other_names_are_found_in_every_step(monkeypatch: pytest.MonkeyPatch, by_host: bool) -> None:
+    """As many as the others give, so that they would be added up with them; also where only devices can be asked."""
+    if not by_host:
+        monkeypatch.setattr(Threads, "same", lambda group, number: None)
     given = [output({}, {"x": 1.0}), output({}, {"y": 2.0})]
     with pytest.raises(ValueError, match="must all give the same metrics"):
         step(given, (1, 1))
@@ -63,6 +67,35 @@ def test_gradients_of_one_alone_are_refused_by_all() -> None:
     first, second = by_all(2, work)
     assert first == second
     assert "process 1 of them gives others than the first: 'W_dec', which not the first has" in first
+
+
+@pytest.mark.parametrize("missing", ["W_dec", "b_enc"])
+def test_a_gradient_that_one_lacks_is_named_before_any_is_told(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    """Engines would take the next message for it, or end the process: both large ones and small ones."""
+    told: list[tuple[int, ...]] = []
+
+    def heard(group: Threads, value: Any, *rest: Any) -> Any:
+        told.append(getattr(value, "shape", ()))
+        return value
+
+    monkeypatch.setattr(together, "LARGE", 16)
+    for name in ("sum_", "sums", "sum_parts_"):
+        monkeypatch.setattr(Threads, name, heard)
+
+    def work(group: Group) -> str:
+        sae: Any = drawn_sae(4, d_sae=4)
+        for name, parameter in sae.named_parameters():
+            if not group.rank or name != missing:
+                parameter.grad = torch.ones_like(parameter)
+        parted = {sae.W_enc: Shown("W_enc", sae.W_enc, None, group)}
+        with pytest.raises(ValueError, match="gradients of the same parameters") as caught:
+            of_whole_batch(sae, Share(group, counts=(1, 1)), output({}, {}), 1, parted)
+        return str(caught.value)
+
+    first, second = by_all(2, work)
+    assert first == second
+    assert f"process 1 of them gives others than the first: '{missing}', which only the first has" in first
+    assert not told
 
 
 def test_gradients_are_added_up_in_whatever_order_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:

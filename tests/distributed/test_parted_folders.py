@@ -19,15 +19,19 @@ MOST = {"start": 0.6, "save": 0.2, "load": 0.4, "resume": 0.6}
 PEAKS = Path("/proc/self/clear_refs")
 SIZE, FEW = 4, "float32, scaled"
 EVERY = "SAEKIT_PROCESSES" in os.environ
-WAYS = [(parts, name) for parts in (4, 2) for name, _, way in ways_to_save() if (EVERY and parts == 4) or way == FEW]
+WAYS = [
+    (parts, name)
+    for parts in ((4, 2) if EVERY else (2,))
+    for name, _, way in ways_to_save()
+    if parts == 4 or way == FEW
+]
 
 
 def calls(folder: Path) -> dict[str, Call]:
-    """Four parts, in every way for `make test-processes`; and in one way two parts, each in two processes."""
-    made = {
-        "4 parts": Call("support.parted:saved", 1, 4, (str(folder / "4"), "" if EVERY else FEW)),
-        "2 parts": Call("support.parted:saved", 2, 2, (str(folder / "2"), FEW)),
-    }
+    """In one way two parts, each in two processes; and for `make test-processes` four parts, in every way."""
+    made = {"2 parts": Call("support.parted:saved", 2, 2, (str(folder / "2"), FEW))}
+    if EVERY:
+        made["4 parts"] = Call("support.parted:saved", 1, 4, (str(folder / "4"), ""))
     if PEAKS.exists():
         made["peaks"] = Call("support.parted:peaks", 1, 4, (str(folder),))
     return made

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from support import warm
 
-from saekit.distributed import patience
+from saekit.config import DistributedConfig
+from saekit.distributed import main_thread, patience, telling, world
 from saekit.distributed.agreement import by_first, done_by_all, left_by_all
 from saekit.distributed.group import ONE, Group, JoinedGroup, MetGroup
+from saekit.distributed.main_thread import MainThread
 from saekit.distributed.patience import Meeting, Patience
 from saekit.distributed.telling import Telling
 from saekit.distributed.world import World
@@ -28,12 +32,14 @@ class Numbered(Group):
         self.size = size
 
 
-def each(size: int, timeout_s: float, work: Work, store: Any = None, silent: tuple[int, ...] = ()) -> list[Any]:
+def each(
+    size: int, timeout_s: float, work: Work, store: Any = None, silent: tuple[int, ...] = (), stuck_s: float = 60
+) -> list[Any]:
     """What ``work`` returns, or raises, in each of so many processes; ``silent`` ones do not say they live."""
     found, store = list[Any]([None] * size), store or dist.HashStore()
 
     def one(rank: int) -> None:
-        mine = Patience(store, rank, timeout_s)
+        mine = Patience(store, rank, timeout_s, stuck_s)
         group = MetGroup(rank, Meeting(mine, "all", range(size)))
         try:
             if rank in silent:
@@ -192,6 +198,99 @@ def test_one_that_says_nothing_is_given_up() -> None:
     assert "process 0 has said nothing for 0.5 s (distributed.timeout_s)" in str(error)
 
 
+@pytest.fixture
+def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """What a process waits for, and nobody sets; the threads here, which are of one process, are looked at alone."""
+    monkeypatch.setattr(main_thread, "_BUSY", 100)
+    yield (event := threading.Event())
+    event.set()
+
+
+def test_one_that_does_nothing_is_given_up(hanging: threading.Event) -> None:
+    """It says that it is there, from its other thread."""
+
+    def work(group: Group) -> Any:
+        if not group.rank:
+            return hanging.wait(20)
+        try:
+            return group.words()
+        finally:
+            hanging.set()
+
+    _, error = each(2, 1, work, stuck_s=0.5)
+    assert isinstance(error, LostProcessError)
+    assert re.search(
+        r"process 0 has done nothing for 0\.5 s \(distributed\.stuck_s\): it is in threading\.wait \(line \d+\), ",
+        str(error),
+    )
+
+
+def test_of_one_that_hangs_in_a_step_it_is_told_where_it_was_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its last words; of one that has said nothing, nothing."""
+    monkeypatch.setattr(telling, "PATIENCE", 0.05)
+    for words, told in (
+        ('[7, 0.0, "plugin.measure (line 3)", []]', "; it was last in plugin.measure (line 3)"),
+        ("", ""),
+    ):
+        store, error = dist.HashStore(), LostProcessError("another process of the run has gone")
+        if words:
+            store.set("beat/1", words)
+        Telling(store, 0, 2).account(error)
+        assert error.__notes__ == [f"process 1 {telling._GONE}{told}"]
+
+
+def test_people_are_told_for_whom_processes_wait(
+    hanging: threading.Event, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By one of those that wait, and not of one that waits as they do."""
+    monkeypatch.setattr(patience, "_TELL", 0.4)
+
+    def work(group: Group) -> Any:
+        if group.rank == 2:
+            hanging.wait(1.3)
+        return group.words()
+
+    assert each(3, 1, work) == [["", "", ""]] * 3
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 5
+    said = r"process [01] has waited [01] s for process 2, which is in threading\.wait \(line \d+\), in .*\(line \d+\)"
+    assert all(re.match(said, line) for line in lines), lines
+
+
+def test_what_a_process_does_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = [0]
+    monkeypatch.setattr(main_thread, "_BUSY", 100)
+    monkeypatch.setattr(main_thread, "_moved", lambda: moved[0])
+    waits, over = threading.Event(), threading.Event()
+    thread = threading.Thread(target=lambda: [sum(range(10**5)), waits.set(), over.wait(20)])
+    thread.start()
+    assert waits.wait(20)
+    time.sleep(0.05)
+    own = MainThread(thread)
+    time.sleep(0.05)
+    assert 0.05 <= own.idle() < 20
+    assert "threading.wait (line " in own.where()
+    assert own.idle(waits=True) == 0
+    time.sleep(0.05)
+    moved[0] = 10**7
+    assert own.idle() == 0, "it writes to a disk"
+    monkeypatch.setattr(main_thread, "_BUSY", -1)
+    assert own.idle() == 0, "other threads compute"
+    monkeypatch.setattr(main_thread, "_BUSY", 100)
+    over.set()
+    thread.join()
+    assert own.idle() == 0, "it has gone on"
+
+
+def test_the_folder_is_waited_for_as_long_as_the_run_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before there is a world."""
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world, "_store", lambda *rest: dist.HashStore())
+    with pytest.raises(LostProcessError, match=r"process 0 has said nothing for 0\.4 s"):
+        world.before_others(lambda: None, DistributedConfig(timeout_s=0.4))
+
+
 def test_one_that_has_left_is_not_waited_for() -> None:
     """Whatever ended its work, also on another machine."""
     _, error = each(2, 60, lambda group: group.words() if group.rank else None)
@@ -214,7 +313,8 @@ def test_one_whose_work_has_ended_is_waited_for() -> None:
 def test_one_that_was_killed_on_this_machine_is_not_waited_for() -> None:
     place = "from saekit.distributed.patience import _machine; import os; print(_machine(), os.getpid())"
     store = dist.HashStore()
-    store.set("place/0", warm.python("-c", place).stdout.strip())
+    other = subprocess.run([sys.executable, "-c", place], capture_output=True, text=True, check=True)
+    store.set("place/0", other.stdout.strip())
     _, error = each(2, 60, lambda group: group.words() if group.rank else None, store, silent=(0,))
     assert "does not answer: process 0" in str(error)
 

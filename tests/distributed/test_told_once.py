@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from support.spread_faults import TOY, ends
+from support.spread_faults import ends
 
 from saekit.runs.checkpoints import newest_checkpoint
 
@@ -32,13 +32,10 @@ def test_what_is_no_number_in_one_is_told_by_the_first_of_all(tmp_path: Path) ->
     assert second[1] == ""
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("rank", "words"),
-    [
-        (1, "distributed.features=1"),
-        pytest.param(0, "distributed.features=2", marks=pytest.mark.processes),
-        pytest.param(0, "checkpoints.n_checkpoints=0", marks=pytest.mark.processes),
-    ],
+    [(1, "distributed.features=1"), (0, "distributed.features=2"), (0, "checkpoints.n_checkpoints=0")],
 )
 def test_a_full_disk_of_one_ends_all(tmp_path: Path, rank: int, words: str) -> None:
     """Where a checkpoint is written, or without them the SAE at the end, which the first process alone writes."""
@@ -92,24 +89,30 @@ def plugin(folder: Path, version: str) -> str:
     return str(folder)
 
 
-def test_other_plugins_are_found_at_the_start(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("theirs", "told"),
+    [
+        ("2.0", "lr_schedules odd:odd is '2.0', not '1.0'"),
+        pytest.param("", "it has no lr_schedules odd:odd", marks=pytest.mark.processes),
+    ],
+)
+def test_other_plugins_are_found_at_the_start(tmp_path: Path, theirs: str, told: str) -> None:
     """Another version, and none at all."""
-    old, new = plugin(tmp_path / "old", "1.0"), plugin(tmp_path / "new", "2.0")
-    for theirs, told in ((new, "lr_schedules odd:odd is '2.0', not '1.0'"), ("", "it has no lr_schedules odd:odd")):
-        (tmp_path / "run.toml").write_text(TOY)
-        first, second = ends(tmp_path, "none", PATH_0=old, PATH_1=theirs)
-        assert (first[0], second[0]) == (2, 2), first[1] + second[1]
-        assert "process 1 has another plugin than process 0: " in first[1]
-        assert told in first[1]
-        assert second[1] == ""
-        assert not (tmp_path / "run").exists()
+    own, other = plugin(tmp_path / "old", "1.0"), plugin(tmp_path / "new", theirs) if theirs else ""
+    first, second = ends(tmp_path, "none", PATH_0=own, PATH_1=other)
+    assert (first[0], second[0]) == (2, 2), first[1] + second[1]
+    assert "process 1 has another plugin than process 0: " in first[1]
+    assert told in first[1]
+    assert second[1] == ""
+    assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         ("training.lr=0.5", "process 1 has another option than process 0: training.lr is 0.5, not 0.0004"),
-        pytest.param("distributed.timeout_s=50", "distributed.timeout_s is 50", marks=pytest.mark.processes),
+        ("distributed.timeout_s=50", "distributed.timeout_s is 50"),
     ],
 )
 def test_other_options_are_found_at_the_start(tmp_path: Path, words: str, told: str) -> None:

@@ -158,7 +158,7 @@ def _chosen(name: str, case: Case) -> Iterator[tuple[str, Case]]:
         yield name, case
     elif name in OF_EVERY_CHANGE:  # in fewer steps, where nothing depends on their number
         fixed = case.golden is not None or "training_tokens" in case.training
-        yield name, case if fixed else attrs.evolve(case, steps=min(case.steps, 12))
+        yield name, case if fixed else attrs.evolve(case, steps=min(case.steps, 8))
 
 
 CHOSEN = dict(one for name, case in {**CASES, **FAST}.items() for one in _chosen(name, case))

@@ -33,7 +33,7 @@ def opened(times: int, features: int) -> tuple[list[World], list[int]]:
 
 
 def main(folder: Path) -> None:
-    own, alone = opened(4, features=2)
+    own, alone = opened(3, features=2)
     said = []
     for ask in (lambda: own[0].all.sum(torch.tensor(1)), lambda: own[0].features.objects(1)):
         try:
@@ -42,11 +42,11 @@ def main(folder: Path) -> None:
             said.append(str(error))
     assert not dist.is_initialized()
     dist.init_process_group("gloo", init_method=f"file://{folder / 'met'}", rank=int(os.environ["RANK"]), world_size=2)
-    others, beside = opened(4, features=1)
+    others, beside = opened(3, features=1)
     told = torch.tensor(1)
     dist.all_reduce(told)  # whose group it is goes on with it
     print(json.dumps({"alone": alone, "beside": beside, "said": said, "told": int(told)}))
-    assert len(own) == len(others) == 4
+    assert len(own) == len(others) == 3
     dist.destroy_process_group()
 
 

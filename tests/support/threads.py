@@ -35,6 +35,9 @@ class Threads(Group):
         self._barrier.wait(30)
         return found
 
+    def same(self, number: int) -> bool:
+        return len({*self.objects(number)}) == 1
+
     def sums(self, values: Sequence[Tensor]) -> list[Tensor]:
         every = self.objects([value.clone() for value in values])
         return [torch.stack(parts).sum(0).to(parts[0].dtype) for parts in zip(*every, strict=True)]

@@ -28,6 +28,7 @@ ONLY = ["two_processes"]
             architectures.OfKernel,
             r"l1_loss of losses \(features split over 2 processes, one site, fast kernels\): off by",
         ),
+        (architectures.Straying, r"\w+ after updates \(batches split over 2 processes, one site, autograd\): off by"),
         (
             architectures.Uneven,
             "ended with -6, .*distributed collective mismatch|waits for what the other does not tell",
@@ -64,6 +65,12 @@ def test_a_source_that_knows_of_no_other_process_is_fine() -> None:
     report = plugin_report(fake_plugin("activation_sources", build=sources.Numbers), only=ONLY)
     assert not report.faults
     assert not report.not_tried
+
+
+def test_updates_of_a_part_in_other_memory_are_found() -> None:
+    (fault,) = plugin_report(fake_plugin("optimizers", build=optimizers.Replacing), only=ONLY).faults
+    said = r"matrix after steps in process [01] of two, each of which updates its part in place: off by"
+    assert re.search(said, str(fault.fault)), fault
 
 
 def test_an_optimizer_that_says_nothing_may_look_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import Elementwise
 from saekit.reasons import error_text
 from saekit.runs.state_files import write_state
+from saekit.sae.init import zeros
+from saekit.sae.parameters import Parameter, ParameterTable
 from saekit.testing.checks.check import Checks, Fault, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
-from saekit.testing.checks.two_processes import DATA, FEATURES, on_two
+from saekit.testing.checks.two_processes import DATA, FEATURES, Mesh, on_two
+from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.shown import Shown
 
 if TYPE_CHECKING:
@@ -189,13 +193,13 @@ def _what(value: Any) -> str:
 @CHECKS.add
 def two_processes(subject: Subject) -> None:
     """Two processes that are given the same make the same steps; where it says ``elementwise``, each with half of every
-    parameter makes the steps of one with all of it."""
+    parameter makes the steps of one with all of it, also where it has the whole and updates half."""
     import torch
 
-    def alike(world: World) -> dict[str, Any]:
+    def alike(world: World) -> tuple[dict[str, Any], dict[str, Any]]:
         training = _Training(subject, "float64")
         training.step(5)
-        return training.values()
+        return training.values(), _parted(subject, world)
 
     def halves(world: World) -> dict[str, Any]:
         training = _Training(subject, "float64", part=world.features.rank)
@@ -204,17 +208,52 @@ def two_processes(subject: Subject) -> None:
 
     alone = _Training(subject, "float64")
     alone.step(5)
-    works = {DATA: alike}
+    works: dict[Mesh, Callable[[World], Any]] = {DATA: alike}
     if _is_elementwise(alone.optimizer):
         works[FEATURES] = halves
     found = on_two(works, subject.place)
-    for number, own in enumerate(found[DATA]):
+    whole = _parted(subject)
+    for number, (own, updated) in enumerate(found[DATA]):
         must_be_equal(f"weights after steps in process {number} of two", own, alone.values())
+        for name, value in whole.items():
+            what = f"{name} after steps in process {number} of two, each of which updates its part in place"
+            must_agree(what, updated[name], value, 1e-12)
     if FEATURES in found:
         for name, value in alone.values().items():
             parts = [own[name] for own in found[FEATURES]]
             joined = torch.cat(parts) if value.dim() else parts[0]
             must_agree(f"{name} after steps of two processes with half of it each (elementwise)", joined, value, 1e-12)
+
+
+def _parted(subject: Subject, world: World | None = None) -> dict[str, Any]:
+    """Weights after steps as of training, in which each process of ``world`` has a part of every gradient, and updates
+    half of the matrix, whose rows are features, where it says ``elementwise``; None: one process."""
+    import torch
+
+    from saekit.distributed import ALONE
+
+    world, generator = world or ALONE, seeded()
+    dims: dict[str, tuple[str, ...]] = {"matrix": ("d_sae", "d_in"), "other": ("d_in",)}
+    table = ParameterTable(tuple(Parameter(name, dim, init=zeros) for name, dim in dims.items()), {})
+    shapes = {"matrix": (8, 5), "other": (5,)}
+    drawn, targets = (
+        {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+        for _ in range(2)
+    )
+    parameters = {name: torch.nn.Parameter(value) for name, value in drawn.items()}
+    optimizer = ScheduledOptimizer(
+        parameters.items(), subject.build, lambda step: _LR, table=table, rows=world.data, large=1
+    )
+    own = (2 * world.data.rank + 1) / world.data.size**2  # 1/4 and 3/4 of the whole
+    for number in range(5):
+        for name, value in parameters.items():
+            value.grad = (value - targets[name]).detach() * own
+            if (part := optimizer.parted.get(value)) is not None:
+                part.sum_gradient()
+            else:
+                world.data.sum_(value.grad)
+        optimizer.step(number)
+    return {name: value.detach().clone() for name, value in parameters.items()}
 
 
 def _half(value: Any, part: int) -> Any:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
 from saekit.testing.checks.check import Checks, NotTried, Subject
 from saekit.testing.checks.dictionaries import copied, made, must_be_one_step, rows, step_input, takes, uninitialized
+from saekit.testing.checks.numbers import must_agree
 from saekit.testing.checks.two_processes import DATA, FEATURES, Mesh, on_two
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
     from saekit.distributed import World
     from saekit.pretrained.sae import SAE
-    from saekit.values import StepOutput
+    from saekit.values import StepInput, StepOutput
 
 __all__ = ["SPREAD"]
 
@@ -27,13 +28,14 @@ _COUNTS = (14, 10)
 """Rows of each of two processes."""
 _STEPS = ((0, 0.0), (3, 0.4))
 """Number and part of the features that is dead."""
+_UPDATES, _LR = 2, 0.05
 _NAMES: dict[str, Mesh] = {"data": DATA, "features": FEATURES}
 
 
 @SPREAD.add
 def two_processes(subject: Subject) -> None:
     """What it says that may be split (``spreads_over``, its kernels too): steps of two processes are those of one, in
-    reports, gradients and state, to 1e-9 in float64."""
+    reports, gradients and state, and in weights where each process updates its part of them, to 1e-9 in float64."""
     step_input(uninitialized(subject))  # what is for inference alone says so
     works, saes, refused = {}, {}, []
     for name, mesh in _NAMES.items():
@@ -53,9 +55,12 @@ def two_processes(subject: Subject) -> None:
     for mesh, (found, other) in on_two(works, subject.place).items():
         split = "batches" if mesh == DATA else "features"
         for (where, sae), own, theirs in zip(saes[mesh], found, other, strict=True):
-            for told in (own, theirs):
+            about = f" ({split} split over 2 processes, {where})"
+            for told, weights in (own, theirs):
                 for (number, dead), (step, state) in zip(_STEPS, told, strict=True):
-                    _must_be_that_of_one(sae, number, dead, step, state, f" ({split} split over 2 processes, {where})")
+                    _must_be_that_of_one(sae, number, dead, step, state, about)
+                for name, value in _updated(copied(sae, "reference")).items():
+                    must_agree(f"{name} after updates{about}", weights[name], value, _EXACT)
 
 
 def _refused(sae: SAE, data: int, features: int) -> str | None:
@@ -83,23 +88,24 @@ def _ways(sae: SAE, name: str) -> Iterator[tuple[str, SAE]]:
             yield kernel.name, fast
 
 
-def _stepped_by_two(saes: list[SAE], world: World) -> list[list[tuple[StepOutput, dict[str, dict[str, Tensor]]]]]:
-    """Of each, what this process knows of the whole after each step."""
-    return [[_step_of_two(sae, number, dead, world) for number, dead in _STEPS] for sae in saes]
+_Told: TypeAlias = "tuple[list[tuple[StepOutput, dict[str, dict[str, Tensor]]]], dict[str, Tensor]]"
 
 
-def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[StepOutput, dict[str, dict[str, Tensor]]]:
-    from saekit.sae.splitting import keep_part
-    from saekit.training.together import of_whole_batch
+def _stepped_by_two(saes: list[SAE], world: World) -> list[_Told]:
+    """Of each, what this process knows of the whole after each step, and the weights after updates."""
+    return [
+        ([_step_of_two(sae, number, dead, world) for number, dead in _STEPS], _updated(_copied(sae), world))
+        for sae in saes
+    ]
 
-    sae: Any = _copied(whole)
+
+def _own_part(whole: SAE, sae: SAE, number: int, dead: float, world: World) -> tuple[Tensor, StepInput]:
+    """Rows of this process for a step of ``sae``, its part of ``whole``, which is told its share of it."""
     x, target = rows(whole.ports)
     step = step_input(whole, step=number, dead=dead, target=target)
     counts = _COUNTS if world.data.size > 1 else ()
     first = sum(counts[: world.data.rank])
     own = slice(first, first + counts[world.data.rank]) if counts else slice(None)
-    if world.features.size > 1:
-        keep_part(sae, world.features)
     sae.share = share = world.share(counts)
     part = slice(share.first_feature(sae.d_sae), share.first_feature(sae.d_sae) + sae.d_sae)
     step = attrs.evolve(
@@ -107,7 +113,19 @@ def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[St
         dead=None if step.dead is None else step.dead[part],
         target=None if target is None else target[own],
     )
-    found, left = of_whole_batch(sae, share, sae.training_step(x[own], step), len(x[own]), {})
+    return x[own], step
+
+
+def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[StepOutput, dict[str, dict[str, Tensor]]]:
+    from saekit.sae.splitting import keep_part
+    from saekit.training.together import of_whole_batch
+
+    sae: Any = _copied(whole)
+    if world.features.size > 1:
+        keep_part(sae, world.features)
+    x, step = _own_part(whole, sae, number, dead, world)
+    share = sae.share
+    found, left = of_whole_batch(sae, share, sae.training_step(x, step), len(x), {})
     found = found._replace(
         loss=found.loss.detach(), output=share.all_rows(found.output), fired=share.all_features(found.fired)
     )
@@ -119,6 +137,42 @@ def _step_of_two(whole: SAE, number: int, dead: float, world: World) -> tuple[St
             gradients[entry.name] = _gathered(value.grad * left, dim, world)
     buffers = {name: buffer.detach().clone() for name, buffer in sae.named_buffers()}
     return found, {"gradients": gradients, "buffers": buffers}
+
+
+def _updated(whole: SAE, world: World | None = None) -> dict[str, Tensor]:
+    """The weights of all features after updates as of training, in which each process of ``world`` updates its part of
+    all that can be divided; None: one process."""
+    import torch
+
+    from saekit.distributed import ALONE
+    from saekit.sae.splitting import keep_part
+    from saekit.training.optimizer import ScheduledOptimizer
+    from saekit.training.together import of_whole_batch
+
+    class Descent(torch.optim.SGD):
+        elementwise = True
+
+    world, sae = world or ALONE, _copied(whole)
+    if world.features.size > 1:
+        keep_part(sae, world.features)
+    optimizer = ScheduledOptimizer(
+        sae.named_parameters(),
+        lambda groups, lr: Descent(groups, lr=lr, momentum=0.5),
+        lambda step: _LR,
+        table=sae.table,
+        features=world.features,
+        rows=world.data,
+        large=1,
+    )
+    for number in range(_UPDATES):
+        x, step = _own_part(whole, sae, number, 0.0, world)
+        result = sae.training_step(x, step)
+        result, factor = of_whole_batch(sae, sae.share, result, len(x), optimizer.parted)
+        sae.before_update()
+        optimizer.step(number, result.loss, factor)
+        sae.after_update()
+    splits = {entry.name: None if entry.split is None else entry.dims.index(entry.split) for entry in sae.table}
+    return {name: _gathered(value.detach(), splits.get(name), world) for name, value in sae.named_parameters()}
 
 
 def _copied(whole: SAE) -> SAE:

@@ -185,6 +185,16 @@ class Uneven(StandardSAE):
         return super().losses(x, step)
 
 
+class Straying(StandardSAE):
+    """Says that batches may be split, and changes weights after an update by what is another in each process."""
+
+    spreads_over = frozenset({"data"})
+
+    def after_update(self) -> None:
+        super().after_update()
+        self.W_dec.data *= 1 + 1e-6 * self.share.rows.rank
+
+
 class Silent(StandardSAE):
     """Another loss, and not a word of many processes."""
 

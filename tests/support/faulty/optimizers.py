@@ -79,6 +79,19 @@ class Flat(Descent):
         return super().step()
 
 
+class Replacing(Descent):
+    """Gives a parameter other memory, so that what is a part of another is one no more."""
+
+    elementwise = True
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.data = parameter - group["lr"] * parameter.grad
+
+
 CASES = cases(
     "optimizers",
     {

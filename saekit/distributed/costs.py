@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import attrs
 
-from saekit.distributed.sizes import FEW, LARGE, OF_ALL, OF_ROWS, counts_sent
+from saekit.distributed.sizes import FEW, LARGE, OF_ALL, OF_ROWS, counts_sent, most_entries
 
 __all__ = ["Job", "Mesh", "Message", "Rates", "advised", "meshes"]
 
@@ -124,6 +124,8 @@ class Job:
     """Whether ``b_dec`` is subtracted from what the encoder reads."""
     elementwise: bool = True
     """Whether the optimizer updates each number by itself, so that processes with the same ones share that."""
+    leaves_weights: bool = False
+    """Whether a kernel lets processes make the gradients of ``W_enc`` and ``W_dec`` of each other's rows."""
 
     @classmethod
     def topk(cls, d: int, d_sae: int, rows: int, k: int) -> Job:
@@ -149,6 +151,19 @@ class Job:
         if not self.elementwise or (self.d_sae / mesh.features) % mesh.data:
             large = 0
         return self.parameters(mesh) - large * (1 - 1 / mesh.data)
+
+    def gives_rows(self, mesh: Mesh) -> bool:
+        """Whether processes that share a batch give each other their rows in place of gradients, while nothing is
+        revived."""
+        if not (self.leaves_weights and self.k and mesh.data > 1 and self.updated(mesh) < self.parameters(mesh)):
+            return False
+        rows, own, width = self.rows // mesh.data, self.d_sae // mesh.features, self.d_in + self.d_out
+        most = most_entries(rows, mesh.data, own, width, self.itemsize)
+        return not (self.on_gpu or self.undivided or self.k_aux) and self._given(mesh) <= most
+
+    def _given(self, mesh: Mesh) -> float:
+        """Active entries of one process that the others are given."""
+        return self.rows / mesh.data * self.k / mesh.features
 
     def step_bytes(self, mesh: Mesh) -> float:
         """What a step takes beside that, when it takes most: see :meth:`held`."""
@@ -206,10 +221,13 @@ class Job:
             several = min(rows, max(_CHUNK, own / 2))
             width = self.d_out if several <= group else 2 * self.d_out + self.d_in
             found["errors kept"] = self.itemsize * several * width
+        if self.gives_rows(mesh):  # those of others lie in the memory of a chunk's features
+            found["rows kept"] = self.itemsize * rows * (self.d_in + 2 * self.d_out)
+            found["entries of all"] = (mesh.data * (8 + 2 * self.itemsize) + _ENTRY) * self._given(mesh)
         found["what others tell"] = sum(
             message.size * (self._processes(message, mesh) + (2 if message.what == "largest features" else 1))
             for message in self.messages(mesh)
-            if message.gathers and not message.revives
+            if message.gathers and not message.revives and message.over == "features"
         )
         return found
 
@@ -278,7 +296,16 @@ class Job:
                 )
         if mesh.data > 1:
             small = self._small(mesh)
-            found.append(Message("gradients", "data", False, self.itemsize * (self.parameters(mesh) - small)))
+            summed, width = self.parameters(mesh) - small, self.d_in + self.d_out
+            if self.gives_rows(mesh):
+                weights, entry = self.d_sae / mesh.features * width, 8 + 2 * self.itemsize
+                given = self.itemsize * rows * width + entry * self._given(mesh)
+                found.append(Message("rows and gradients to them", "data", True, given))
+                # Each gives its part: half of what a sum of all would be.
+                found.append(Message("updated weights", "data", False, self.itemsize * weights / 2))
+                summed -= weights
+            if summed or not self.gives_rows(mesh):
+                found.append(Message("gradients", "data", False, self.itemsize * summed))
             counts = _LONG * (self.d_sae / mesh.features + small)
             found.append(Message("firing counts and small gradients", "data", False, counts))
             if self.k_aux:

@@ -72,6 +72,7 @@ def job_of(
         k_aux=int(getattr(sae, "k_aux", 0)) if getattr(sae, "aux_coefficient", 0) else 0,
         centers=options.apply_b_dec_to_input,
         elementwise=elementwise,
+        leaves_weights=kernel is not None and bool(vars(type(kernel)).get("leaves_weights", False)),
     )
 
 

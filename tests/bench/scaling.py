@@ -69,7 +69,9 @@ def job(kind: str, d: int, d_sae: int, rows: int = ROWS) -> Job:
     k = KINDS[kind].get("k", 0)
     competes = {"standard": None, "batchtopk": "all"}.get(kind, "features")
     k_aux = d // 2 if kind == "revived" else 0
-    return attrs.evolve(Job.topk(d, d_sae, rows, k), competes=competes, gathers_rows=False, k_aux=k_aux)
+    return attrs.evolve(
+        Job.topk(d, d_sae, rows, k), competes=competes, gathers_rows=False, k_aux=k_aux, leaves_weights=True
+    )
 
 
 def on_cpu(of: Job, mesh: Mesh) -> Job:

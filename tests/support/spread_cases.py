@@ -132,6 +132,14 @@ def _large() -> dict[str, Case]:
         "large_lp_two": Case({"name": "standard", "lp_norm": 2.0}, lopsided=True, **size),
         "large_gated": Case({"name": "gated", "aux_loss_trains_decoder": True}, lopsided=True, **size),
     }
+    # Whose rows are less to send than gradients, in float32, where all of these lie by features.
+    wide: dict[str, Any] = {"rows": 64, "d_sae": 4096, "steps": 20, "widths": (48,), "fast": True}
+    wide["training"] = {"dead_feature_window": 10**6}
+    found |= {
+        "wide_topk": Case({"name": "topk", "k": 8}, **wide),
+        "wide_batchtopk": Case({"name": "batchtopk", "k": 8.0}, **wide),
+        "wide_jumprelu": Case({"name": "jumprelu", "initial_threshold": 2.5, "bandwidth": 0.5}, **wide),
+    }
     return found | {f"{name}_float32": attrs.evolve(case, dtype="float32") for name, case in found.items()}
 
 
@@ -142,7 +150,7 @@ OF_EVERY_CHANGE = (
     "standard_ghosts", "standard_noise", "standard_finetuned_scale", "standard_lp_half", "topk_uneven", "batchtopk",
     "groupmax_in_units", "matryoshka_uneven_fast", "jumprelu_target_l0", "gated_as_sae_lens", "batchtopk_crosscoder",
     "topk_transcoder_in_units_fast", "jumprelu_fast", "large_batchtopk", "large_topk_float32", "large_target_l0",
-    "large_lp_two", "large_gated", "golden_mixed_finetune_unrotated_decoder_ghost",
+    "wide_topk_float32", "large_lp_two", "large_gated", "golden_mixed_finetune_unrotated_decoder_ghost",
 )  # fmt: skip
 """The cases that two processes of every change are compared on."""
 

@@ -212,17 +212,18 @@ def two_processes(subject: Subject) -> None:
     if _is_elementwise(alone.optimizer):
         works[FEATURES] = halves
     found = on_two(works, subject.place)
-    whole = _parted(subject)
-    for number, (own, updated) in enumerate(found[DATA]):
+    for number, (own, _) in enumerate(found[DATA]):
         must_be_equal(f"weights after steps in process {number} of two", own, alone.values())
-        for name, value in whole.items():
-            what = f"{name} after steps in process {number} of two, each of which updates its part in place"
-            must_agree(what, updated[name], value, 1e-12)
     if FEATURES in found:
         for name, value in alone.values().items():
             parts = [own[name] for own in found[FEATURES]]
             joined = torch.cat(parts) if value.dim() else parts[0]
             must_agree(f"{name} after steps of two processes with half of it each (elementwise)", joined, value, 1e-12)
+    whole = _parted(subject)
+    for number, (_, updated) in enumerate(found[DATA]):
+        for name, value in whole.items():
+            what = f"{name} after steps in process {number} of two, each of which updates its part in place"
+            must_agree(what, updated[name], value, 1e-12)
 
 
 def _parted(subject: Subject, world: World | None = None) -> dict[str, Any]:

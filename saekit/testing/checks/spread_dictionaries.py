@@ -24,8 +24,8 @@ __all__ = ["SPREAD"]
 
 SPREAD = Checks()
 _EXACT = 1e-9
-_COUNTS = (14, 10)
-"""Rows of each of two processes."""
+_COUNTS, _EVEN = (14, 10), (12, 12)
+"""Rows of each of two processes; where they are as many, processes may give each other their rows."""
 _STEPS = ((0, 0.0), (3, 0.4))
 """Number and part of the features that is dead."""
 _UPDATES, _LR = 2, 0.05
@@ -99,11 +99,13 @@ def _stepped_by_two(saes: list[SAE], world: World) -> list[_Told]:
     ]
 
 
-def _own_part(whole: SAE, sae: SAE, number: int, dead: float, world: World) -> tuple[Tensor, StepInput]:
+def _own_part(
+    whole: SAE, sae: SAE, number: int, dead: float, world: World, counts: tuple[int, ...] = _COUNTS
+) -> tuple[Tensor, StepInput]:
     """Rows of this process for a step of ``sae``, its part of ``whole``, which is told its share of it."""
     x, target = rows(whole.ports)
     step = step_input(whole, step=number, dead=dead, target=target)
-    counts = _COUNTS if world.data.size > 1 else ()
+    counts = counts if world.data.size > 1 else ()
     first = sum(counts[: world.data.rank])
     own = slice(first, first + counts[world.data.rank]) if counts else slice(None)
     sae.share = share = world.share(counts)
@@ -147,7 +149,7 @@ def _updated(whole: SAE, world: World | None = None) -> dict[str, Tensor]:
     from saekit.distributed import ALONE
     from saekit.sae.splitting import keep_part
     from saekit.training.optimizer import ScheduledOptimizer
-    from saekit.training.together import of_whole_batch
+    from saekit.training.together import of_whole_batch, with_exchange
 
     class Descent(torch.optim.SGD):
         elementwise = True
@@ -155,6 +157,10 @@ def _updated(whole: SAE, world: World | None = None) -> dict[str, Tensor]:
     world, sae = world or ALONE, _copied(whole)
     if world.features.size > 1:
         keep_part(sae, world.features)
+    for entry in sae.table:  # the numbers of a feature together, as training has them
+        value = getattr(sae, entry.name)
+        if value is not None and entry.dims[1:] == ("d_sae",):
+            value.data = value.data.T.contiguous().T
     optimizer = ScheduledOptimizer(
         sae.named_parameters(),
         lambda groups, lr: Descent(groups, lr=lr, momentum=0.5),
@@ -165,7 +171,10 @@ def _updated(whole: SAE, world: World | None = None) -> dict[str, Tensor]:
         large=1,
     )
     for number in range(_UPDATES):
-        x, step = _own_part(whole, sae, number, 0.0, world)
+        x, step = _own_part(whole, sae, number, 0.0, world, (_COUNTS, _EVEN)[number % 2])
+        sae.share = with_exchange(sae.share, sae, optimizer.parted)
+        if sae.share.exchange is not None:
+            sae.share.exchange.most = 1 << 30  # however many are active
         result = sae.training_step(x, step)
         result, factor = of_whole_batch(sae, sae.share, result, len(x), optimizer.parted)
         sae.before_update()

@@ -35,7 +35,7 @@ __all__ = [
     "timed_writing",
 ]  # fmt: skip
 
-_FEW = 16  # contexts that an eval is timed on first
+_FEW = 4  # contexts that an eval is timed on first
 _SECONDS = 3.0  # for which it is timed on more
 _WRITTEN = 1 << 26  # bytes that writing is timed with, at most
 _LOGGED = 20_000  # records, at most, that pictures are timed with
@@ -116,8 +116,11 @@ class Times:
             "seconds": self.end,
         }
 
-    def text(self, what: str, *, messages: bool) -> str:
-        """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted."""
+    def text(self, what: str, *, messages: bool, on: str = "") -> str:
+        """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted.
+
+        ``on``: what it was timed on.
+        """
         parts = [f"opening {duration_text(self.opening)}"]
         parts.append(f"{what} {duration_text(self.filling + self.forwards)}")
         parts.append(f"the SAE {duration_text(self.cold + self.steps)}")
@@ -130,7 +133,7 @@ class Times:
         missing = f"; {' and '.join(left)} not counted" if left else ""
         return (
             f"about {duration_text(self.end)}, the first step after {duration_text(self.first)}: {', '.join(parts)}"
-            f"{missing}"
+            f"{f'; {on}' if on else ''}{missing}"
         )
 
 
@@ -189,9 +192,18 @@ def evals_of(config: TrainConfig) -> int:
 
 
 def timed_eval(
-    config: TrainConfig, trainer: SAETrainer, backend: ModelBackend, evals: Mapping[str, Eval], contexts: Tensor | None
+    config: TrainConfig,
+    trainer: SAETrainer,
+    backend: ModelBackend,
+    evals: Mapping[str, Eval],
+    contexts: Tensor | None,
+    left: float = 0.0,
 ) -> tuple[float, float]:
-    """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise."""
+    """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise.
+
+    The first measuring makes what the others find there; it is all that is told by where it takes more seconds than
+    there are ``left``, or three.
+    """
     weights = Stopwatch()
 
     def measured(some: Tensor | None) -> float:
@@ -200,22 +212,25 @@ def timed_eval(
             all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=some)
         return clock.seconds
 
+    whole = 0 if contexts is None else len(contexts)
+    few = None if contexts is None else contexts[:_FEW]
+    times = whole / len(few) if few is not None and len(few) else 1.0
     try:
         with seeded(config.training.seed):
             with weights():
                 sae = trainer.raw_sae()
                 weight_metrics(sae)
-            few = None if contexts is None else contexts[:_FEW]
             first = measured(few)
-            if contexts is None or few is None or not len(few) or first > _SECONDS:
-                times = len(contexts) / len(few) if contexts is not None and few is not None and len(few) else 1.0
+            if first > max(left, _SECONDS):
                 return weights.seconds + times * first, 0.0
-            most = min(int(_FEW * _SECONDS / first) // _FEW * _FEW, len(contexts))
-            again = measured(contexts[:most]) / most
+            again = measured(few)
+            seconds, most = times * again, min(int(_FEW * _SECONDS / max(again, 1e-9)) // _FEW * _FEW, whole)
+            if contexts is not None and most > _FEW:
+                seconds = whole * measured(contexts[:most]) / most
     finally:
         for parameter in trainer.sae.parameters():
             parameter.grad = None
-    return weights.seconds + len(contexts) * again, max(first - len(few) * again, 0.0)
+    return weights.seconds + seconds, max(first - again, 0.0)
 
 
 def timed_writing(folder: str, size: float) -> float:

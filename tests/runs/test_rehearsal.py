@@ -17,7 +17,8 @@ from saekit.distributed.world import ALONE
 from saekit.errors import DivergedError
 from saekit.process_age import process_age
 from saekit.runs import planned_time, rehearsal
-from saekit.runs.rehearsal import Rehearsed, part_added, rehearsed
+from saekit.runs.rehearsal import Deadline, FirstRows, Rehearsed, part_added, rehearsed
+from saekit.training.firing import FiringStatistics
 from saekit.values import Batch
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
@@ -49,7 +50,7 @@ class Trainer:
         self.training = SimpleNamespace(
             train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=2
         )
-        self.firing = SimpleNamespace(since_fired=torch.zeros(4))
+        self.firing = FiringStatistics(4, dead_after=2, window=1000, device="cpu")
         self.sizes: list[int] = []
 
     @property
@@ -85,7 +86,7 @@ class Forwards:
 
 
 def turns(clock: Clock, trainer: Any, rows: Any, *, forward: int = 4, **given: Any) -> Rehearsed:
-    first = next(rows), 3.0
+    first = FirstRows(3.0, next(rows))
     given = {"ahead": False, "alone": 1.0, "look": lambda metrics: None} | given
     return rehearsed(rows, trainer, first, forward=forward, **given)
 
@@ -99,6 +100,7 @@ def test_the_first_of_each_is_cold(clock: Clock) -> None:
     assert found.held == (8 + 4) * (3 * 4 + 3 * 8)
     assert seen == [{"metrics/l0": 1.0, "details/distinct_documents": 1}], "as the loop hands them on"
     assert trainer.sizes == [8, 8], "no more, since the time was over"
+    assert (found.forwards, found.steps) == (5, 2), "of a third batch one, and then all of the time was over"
 
 
 def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
@@ -109,7 +111,7 @@ def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
             return super().train_on(*given)
 
     trainer: Any = Teaching(clock, steps=100)
-    found = turns(clock, trainer, Forwards(clock))
+    found = turns(clock, trainer, Forwards(clock), deadline=Deadline(100))
     assert (found.step, found.late) == (5, 15)
     assert found.mean_step(10, 2) == (2 * 5 + 8 * 15) / 10
     short: Any = Teaching(clock, steps=2)
@@ -127,6 +129,30 @@ def test_text_that_ends_makes_one_batch(clock: Clock) -> None:
     found = turns(clock, trainer, Forwards(clock, left=1))
     assert trainer.sizes == [8], "the rows that there are, twice"
     assert (found.per_row, found.step) == (3.0, 8), "those of the first forward"
+
+
+def test_time_that_is_over_ends_all_of_it(clock: Clock) -> None:
+    """Forwards of 2 s, of which a batch takes 16: the rows at hand are trained on again, and nothing else is begun."""
+    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    found = turns(clock, trainer, Forwards(clock), ahead=True, alone=0.25)
+    assert trainer.sizes == [64], "its first step took 4 s, and another would take as long for all that is known"
+    assert clock.now <= 20 + 2 + 4 + 2
+    assert (found.per_row, found.step, found.forwards, found.steps, found.shared) == (0.5, 4, 11, 1, 0.25)
+
+
+def test_a_short_step_is_made_twice_all_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_SPARE", 5.0)
+    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    found = turns(clock, trainer, Forwards(clock))
+    assert trainer.sizes == [64, 64]
+    assert (found.step, found.forwards) == (1, 11), "and no forward for it"
+
+
+def test_what_would_not_end_in_time_is_not_begun(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=100, seconds=3.0)
+    trainer.firing.since_fired += 5
+    assert turns(clock, trainer, Forwards(clock), deadline=Deadline(29)).steps == 2, "two batches would take 14 s"
+    assert turns(clock, trainer, Forwards(clock), deadline=Deadline(60)).steps > 4
 
 
 def test_what_is_read_are_batches(clock: Clock) -> None:

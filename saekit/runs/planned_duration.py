@@ -259,11 +259,15 @@ class TimedRun:
         if peak is not None:
             self.peak = max(self.peak or 0.0, peak + self.rows_missing)
 
-    def _pictures(self) -> float:
-        """Seconds to draw them."""
+    def _pictures(self) -> float | None:
+        """Seconds to draw them; None where that cannot be told."""
         if not self.config.reports.pictures or not self.world.main:
             return 0.0
-        seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+        try:
+            seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+        except (OSError, SaekitError) as error:  # as where no temporary folder can be written
+            self.warnings.append(f"pictures could not be timed: {reason(error)}")
+            return None
         self._note(peak)
         return seconds
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -82,8 +84,8 @@ class Times:
     evals_before: float = 0.0
     """Of these, those of evals that come before the last step."""
     saving: float
-    pictures: float = 0.0
-    """That are drawn when all else is done."""
+    pictures: float | None = 0.0
+    """For those that are drawn when all else is done; None: not known."""
 
     @property
     def first(self) -> float:
@@ -93,7 +95,7 @@ class Times:
     @property
     def end(self) -> float:
         """Of the run."""
-        return self.last + (self.evals or 0.0) - self.evals_before + self.saving + self.pictures
+        return self.last + (self.evals or 0.0) - self.evals_before + self.saving + (self.pictures or 0.0)
 
     @property
     def last(self) -> float:
@@ -110,7 +112,7 @@ class Times:
             "step_seconds": self.cold + self.steps,
             **({} if self.evals is None else {"eval_seconds": self.evals}),
             "saving_seconds": self.weights + self.copies + self.saving,
-            "picture_seconds": self.pictures,
+            **({} if self.pictures is None else {"picture_seconds": self.pictures}),
             "first_step_seconds": self.first,
             "last_step_seconds": self.last,
             "seconds": self.end,
@@ -129,7 +131,7 @@ class Times:
         parts.append(f"weights and saving {duration_text(self.weights + self.copies + self.saving)}")
         if self.pictures:
             parts.append(f"pictures {duration_text(self.pictures)}")
-        left = ["messages"] * messages + ["evals"] * (self.evals is None)
+        left = ["messages"] * messages + ["evals"] * (self.evals is None) + ["pictures"] * (self.pictures is None)
         missing = f"; {' and '.join(left)} not counted" if left else ""
         return (
             f"about {duration_text(self.end)}, the first step after {duration_text(self.first)}: {', '.join(parts)}"
@@ -256,14 +258,21 @@ def timed_copy(size: float) -> float:
     return clock.seconds * size / len(some)
 
 
+def _logged(value: float | Histogram) -> Any:
+    """``value`` as a run logs it: JSON has no nan."""
+    if isinstance(value, Histogram):
+        return {"counts": list(value.counts), "edges": [_logged(edge) for edge in value.edges]}
+    return value if math.isfinite(value) else None
+
+
 def timed_pictures(config: TrainConfig, plugins: PluginManager, metrics: Mapping[str, float | Histogram]) -> float:
     """Seconds to draw the pictures of a run that has logged such ``metrics`` as often as this one will.
 
-    It is drawn in a temporary folder, of which nothing stays.
+    It is drawn in a temporary folder, of which nothing stays; OSError and :class:`SaekitError` where there can be none.
     """
     training = config.training
     logged = min(training.steps // training.log_frequency + 1, _LOGGED)
-    numbers = {name: value for name, value in metrics.items() if not isinstance(value, Histogram)}
+    numbers = {name: _logged(value) for name, value in metrics.items()}
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pictures that cannot be drawn, the run warns
         folder = Path(temporary)

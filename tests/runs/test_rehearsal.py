@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -16,10 +17,11 @@ from saekit.config.files import load_config
 from saekit.distributed.world import ALONE
 from saekit.errors import DivergedError
 from saekit.process_age import process_age
-from saekit.runs import planned_time, rehearsal
+from saekit.runs import planned_duration, planned_time, rehearsal
+from saekit.runs.planned_time import Times
 from saekit.runs.rehearsal import Deadline, FirstRows, Rehearsed, part_added, rehearsed
 from saekit.training.firing import FiringStatistics
-from saekit.values import Batch
+from saekit.values import Batch, Histogram
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 
@@ -230,6 +232,34 @@ def test_pictures_are_drawn_of_what_was_logged(tmp_path: Path, monkeypatch: pyte
         == config.training.steps // config.training.log_frequency + 1
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_logged_is_read_as_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Any] = []
+    monkeypatch.setattr(planned_time, "pictures_after", lambda folder: lines.append(drawn(folder)))
+
+    def drawn(folder: Path) -> Any:
+        return json.loads(planned_time.read_run(folder).saes["sae"].metrics.read_text().splitlines()[0])
+
+    config = load_config({})
+    given = {"losses/overall_loss": float("nan"), "metrics/of": Histogram((1, 2), (0.0, 1.0, float("inf")))}
+    planned_time.timed_pictures(config, saekit.default_manager(), given)
+    assert lines[0]["losses/overall_loss"] is None
+    assert lines[0]["metrics/of"] == {"counts": [1, 2], "edges": [0.0, 1.0, None]}
+
+
+def test_pictures_that_cannot_be_drawn_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planned_time.tempfile, "tempdir", str(tmp_path / "gone"))
+    run: Any = SimpleNamespace(
+        config=load_config({}), plugins=saekit.default_manager(), logged={}, world=ALONE, warnings=[]
+    )
+    assert planned_duration.TimedRun._pictures(run) is None
+    assert run.warnings[0].startswith("pictures could not be timed: ")
+    times = Times(opening=8, filling=5, forwards=20, steps=30, step=3, evals=7, saving=2, pictures=None)
+    assert times.text("the model", messages=False, on="timed on 1 step").endswith(
+        "timed on 1 step; pictures not counted"
+    )
+    assert "picture_seconds" not in times.numbers()
 
 
 def test_a_process_is_as_old_as_it_is() -> None:

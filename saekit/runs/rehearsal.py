@@ -60,7 +60,8 @@ class ForwardStage:
 
     def __init__(self, stream: StreamContext, source: SourceForwards, deadline: Deadline) -> None:
         self._stream, self._contexts, self._deadline = stream, source.contexts, deadline
-        self._model = ActivationStream(stream, source.contexts, device=source.device)
+        dtype = None if source.dtype is None else getattr(torch, source.dtype)
+        self._model = ActivationStream(stream, source.contexts, device=source.device, dtype=dtype)
 
     def __iter__(self) -> Iterator[Batch]:
         return self

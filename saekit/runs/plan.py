@@ -141,6 +141,11 @@ class _Planner:
         self.problems += [problem for problem in found if problem not in self.problems]
         return None
 
+    def untimed(self, why: str) -> None:
+        """What is not tried, and ``why``."""
+        self.unmeasured = why
+        self.facts["duration"] = f"not measured: {why}"
+
     def doubt(self, *texts: str) -> None:
         """Among the warnings, each once."""
         self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
@@ -180,12 +185,10 @@ class _Planner:
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
-            self.unmeasured = "it does not fit" if load else "the model was not loaded"
-            self.facts["duration"] = f"not measured: {self.unmeasured}"
-            return
+            return self.untimed("it does not fit" if load else "the model was not loaded")
         backend = self.loaded(model)
         if corpus is None or backend is None:
-            return
+            return None
         measured = functools.partial(corpus.held_out, backend, seed=0)
         self.evals = self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu")) or {}
         fits, there = self.fitting(backend, corpus)
@@ -196,7 +199,7 @@ class _Planner:
                 )
             )
             if stream is None:
-                return
+                return None
             source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
@@ -205,11 +208,13 @@ class _Planner:
                 self.text(corpus, backend, stream, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
-                return
+                return None
             self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             found = self.sizes(stream, corpus, ports, source)
             tried = found is not None and schedule is not None and fits and not self.refused
-            if tried and (source is not None or stream.has_model):
+            if found is not None and found.memory.lacking(self.free):
+                self.untimed("it does not fit")
+            elif tried and (source is not None or stream.has_model):
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:
@@ -302,17 +307,8 @@ class _Planner:
         config: TrainConfig | None = None,
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        counted = Sizes(
-            config or self.config,
-            self.plugins,
-            self.options,
-            stream,
-            corpus,
-            ports,
-            self.world,
-            self.free,
-            self.numbers,
-        )
+        own = config or self.config
+        counted = Sizes(own, self.plugins, self.options, stream, corpus, ports, self.world, self.free, self.numbers)
         if self.attempt(lambda: counted.count(source)) is None:
             return None
         self.numbers |= counted.numbers

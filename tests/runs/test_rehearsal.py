@@ -13,14 +13,19 @@ import pytest
 import torch
 
 import saekit
+from saekit.abilities import SourceForwards
 from saekit.config.files import load_config
+from saekit.data import ContextStream, StreamContext, TokenPolicy
 from saekit.distributed.world import ALONE
-from saekit.errors import DivergedError
+from saekit.errors import DataError, DivergedError, ModelError
 from saekit.process_age import process_age
 from saekit.runs import planned_duration, planned_time, rehearsal
 from saekit.runs.planned_time import Times
-from saekit.runs.rehearsal import Deadline, FirstRows, Rehearsed, part_added, rehearsed
+from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, part_added, rehearsed
+from saekit.testing import FakeBackend
+from saekit.tokens import TokenChoice
 from saekit.training.firing import FiringStatistics
+from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
@@ -155,6 +160,101 @@ def test_what_would_not_end_in_time_is_not_begun(clock: Clock) -> None:
     trainer.firing.since_fired += 5
     assert turns(clock, trainer, Forwards(clock), deadline=Deadline(29)).steps == 2, "two batches would take 14 s"
     assert turns(clock, trainer, Forwards(clock), deadline=Deadline(60)).steps > 4
+
+
+def stream_of(*, counting: bool = True) -> StreamContext:
+    def contexts() -> ContextStream:
+        documents = [[1 + n % 100] * 20 for n in range(30)]
+        return ContextStream(documents, list, TokenPolicy(context_size=8), d_vocab=128, repeat=True)
+
+    choice = TokenChoice() if counting else TokenChoice(exclude=frozenset(range(128)))
+    return StreamContext(
+        backend=FakeBackend(), sites=[SITE], batch_size=24, seed=3, open_contexts=contexts, choice=choice
+    )
+
+
+def test_forwards_are_rows_as_the_source_keeps_them() -> None:
+    made = next(ForwardStage(stream_of(), SourceForwards(contexts=2, dtype="bfloat16"), Deadline()))
+    assert made.activations[SITE].dtype == torch.bfloat16
+
+
+def test_text_of_which_nothing_counts_is_read_until_the_time_is_over(clock: Clock) -> None:
+    stream, forwards = stream_of(counting=False), []
+
+    def run(tokens: Any, **given: Any) -> Any:
+        clock.now += 2.0
+        forwards.append(len(tokens))
+        return FakeBackend.run(stream.backend, tokens, **given)
+
+    stream.backend.run = run  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="no token of 40 contexts one after the other counts"):
+        next(ForwardStage(stream, SourceForwards(contexts=4), Deadline()))
+    assert forwards == [4] * 10
+
+
+def test_text_that_was_read_is_read_afresh_unless_the_source_states_forwards() -> None:
+    stream = stream_of()
+    begun = stream.contexts.take(10)
+    run: Any = SimpleNamespace(stream=stream, counted=SimpleNamespace(source=SourceForwards(contexts=2)))
+    silent: Any = SimpleNamespace()
+    stating: Any = SimpleNamespace(source_forwards=SourceForwards())
+
+    def first(source: Any) -> list[int]:
+        _, made = planned_duration.TimedRun._first_rows(run, source, Deadline(), runs_model=True)
+        return made.given().tokens.tolist()  # type: ignore[union-attr]
+
+    assert first(silent) == first(silent) == begun.tokens[:2].flatten().tolist()
+    assert first(stating) == first_of(stream_of(), 10), "where the source goes on"
+
+
+def first_of(stream: StreamContext, skipped: int) -> list[int]:
+    stream.contexts.take(skipped)
+    return stream.contexts.take(2).tokens.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "full"),
+    [
+        (ModelError("no such thing"), "no such thing", False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "ran out of memory", True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "ran out of memory", True),
+        (KeyError("a"), "KeyError: 'a'", False),
+    ],
+)
+def test_what_cannot_be_timed_is_a_warning(error: Exception, why: str, full: bool) -> None:
+    run: Any = SimpleNamespace(facts={}, warnings=[])
+
+    def failing() -> None:
+        raise error
+
+    assert planned_duration.TimedRun._tried(run, failing) is None
+    assert run.facts == {"duration": f"not measured: {why}"}
+    assert run.warnings == [f"the run could not be timed: {why}"]
+    assert run._full == full
+    if isinstance(error, ModelError):
+        with pytest.raises(ModelError):
+            planned_duration.TimedRun._tried(run, failing, refuses=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_dead_features_are_seen_on_other_devices(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look waits, a trainer knows by its steps that none are dead, and a rehearsal says that some are."""
+    monkeypatch.setattr("saekit.training.trainer.at_hand", lambda device: there)
+    found = FiringStatistics(4, dead_after=3, window=10, device="cpu")
+    assert [found.may_have_dead(step) for step in (0, 3, 4)] == [False, False, True]
+    seen: list[Any] = []
+    trainer: Any = SimpleNamespace(
+        firing=found, step=2, training=SimpleNamespace(dead_after=3, steps=100, compile=False), generator=None,
+        backend=None, rounds_products=False, finished=False,
+        sae=SimpleNamespace(training_step=lambda x, step: seen.append(step.dead)),
+    )  # fmt: skip
+    SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)
+    found.since_fired.copy_(torch.tensor([0, 1, 2, 2]))
+    assert rehearsal._let_die(trainer)
+    SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)
+    assert seen[0] is None or not seen[0].any()
+    assert (seen[0] is None) == (not there)
+    assert seen[1].tolist() == [False, False, True, True], "those that fired in no step, not in the last alone"
 
 
 def test_what_is_read_are_batches(clock: Clock) -> None:

@@ -72,16 +72,18 @@ def look(
     load: bool = True,
     measure: bool = False,
     before: float = 0.0,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Plan:
     """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
 
     Without ``load`` the model is only outlined, and nothing is timed.  ``measure``: other ways to run the model are
-    timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.
+    timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.  ``say`` is
+    told of what is found before it is timed.
     """
     planner = _Planner(config, plugins, measure=measure, opening=Stopwatch(before))
     try:
         with ambient():
-            planner.look(model, dataset, load=load)
+            planner.look(model, dataset, load=load, say=say)
     finally:
         SHARED.release()
     return planner.plan()
@@ -173,7 +175,7 @@ class _Planner:
         text = cannot_run(self.problems) or found.text
         return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
 
-    def look(self, model: object | None, dataset: object | None, *, load: bool) -> None:
+    def look(self, model: object | None, dataset: object | None, *, load: bool, say: Callable[[str], object]) -> None:
         """Everything, as far as it can be reached."""
         config, plugins = self.config, self.plugins
         device = self.early(load=load)
@@ -185,10 +187,11 @@ class _Planner:
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
-            return self.untimed("it does not fit" if load else "the model was not loaded")
+            self.untimed("it does not fit" if load else "the model was not loaded")
+            return
         backend = self.loaded(model)
         if corpus is None or backend is None:
-            return None
+            return
         measured = functools.partial(corpus.held_out, backend, seed=0)
         self.evals = self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu")) or {}
         fits, there = self.fitting(backend, corpus)
@@ -199,7 +202,7 @@ class _Planner:
                 )
             )
             if stream is None:
-                return None
+                return
             source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
         try:
             # A source that has not opened the text does without it, and evals may, too.
@@ -208,13 +211,14 @@ class _Planner:
                 self.text(corpus, backend, stream, reads=reads)
             ports = self.attempt(lambda: self.ports(source, stream)) if there else None
             if ports is None:
-                return None
+                return
             self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             found = self.sizes(stream, corpus, ports, source)
             tried = found is not None and schedule is not None and fits and not self.refused
             if found is not None and found.memory.lacking(self.free):
                 self.untimed("it does not fit")
             elif tried and (source is not None or stream.has_model):
+                say(f"{self.plan().verdict} Trying a few batches of it")
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:

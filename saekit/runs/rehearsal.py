@@ -274,7 +274,7 @@ def rehearsed(
     step = statistics.median(steps[1 : trainer.training.dead_after + 1] or steps[:1] or [0.0])
     cold = max((first.per_row - per_row) * n, 0.0) + max(max(steps[:1] or [0.0]) - step, 0.0)
     held, forwards = 0 if turns.buffer is None else turns.buffer.nbytes, 1 + len(made)
-    turns.buffer = None
+    del turns  # with its rows
     late, shared = step, alone
     least = 2 * (batch * per_row + step)  # seconds of two batches, and no fewer say anything
     if deadline.left > least and _let_die(trainer):
@@ -282,7 +282,7 @@ def rehearsed(
         later.run()
         late = statistics.median(later.steps[1:] or later.steps or [step])
         forwards += len(later.made)
-        later.buffer = None
+        del later
     if ahead and mixed and not trainer.finished and step > 0 and deadline.left > least:
         with contextlib.closing(Prefetched[Batch](rows, -(-batch // forward))) as prefetched:
             both = Rehearsal(prefetched, trainer, deadline, mixed(), seconds=_SECONDS / 2)

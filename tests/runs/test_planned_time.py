@@ -291,7 +291,8 @@ def test_other_ways_are_tried_after_all_of_the_run(full: bool) -> None:
     """What they leave in memory is none of the run's; where that did not suffice, they are not."""
     done: list[str] = []
     run: Any = SimpleNamespace(
-        options=SimpleNamespace(d_in=None), measure=False, _full=full, _others=lambda: done.append("others"),
+        options=SimpleNamespace(d_in=None), ports=SimpleNamespace(d_in=3), measure=False, _full=full,
+        _others=lambda: done.append("others"),
         _parts=lambda *given, **how: done.append("parts"),
     )  # fmt: skip
     planned_duration.TimedRun.time(run, None, None, {}, True)

@@ -221,8 +221,8 @@ class TimedRun:
                 schedule,
                 world=self.world.column,
             )
-            assert first.batch is not None
-            give_weights(trainer, config, self.corpus, lambda rows=first.batch: rows.activations, self.start)
+            assert (batch := first.batch) is not None
+            give_weights(trainer, config, self.corpus, lambda: batch.activations, self.start)
         self.facts["SAE step"] = trainer.step_path()
         return trainer, clock.seconds
 

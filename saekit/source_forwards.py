@@ -6,7 +6,9 @@ from typing import Protocol, runtime_checkable
 
 import attrs
 
-__all__ = ["SourceForwards", "StatesForwards"]
+__all__ = ["SourceForwards", "StatesForwards", "fault_of_forwards"]
+
+_TYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 @attrs.frozen(kw_only=True)
@@ -27,6 +29,8 @@ class SourceForwards:
     """Processes that tokenize for them."""
     device: str | None = None
     """Where their rows wait, in memory that ``memory_bytes`` tells; None: where the model is."""
+    dtype: str | None = None
+    """The type of their numbers there: `float32`, `bfloat16`, `float16` or `float64`; None: as the model gives them."""
     contexts_option: str = ""
     """The path of the option that is :attr:`contexts`; empty: it cannot be chosen."""
     buffered_option: str = ""
@@ -41,5 +45,24 @@ class StatesForwards(Protocol):
     """
 
     @property
-    def forwards(self) -> SourceForwards:
+    def source_forwards(self) -> SourceForwards:
         """As its options have it; asked before the first batch."""
+
+
+def fault_of_forwards(stated: object) -> str:
+    """What is wrong with what an activation source states; empty where nothing is."""
+    if not isinstance(stated, SourceForwards):
+        return "expected saekit.abilities.SourceForwards"
+    for name, least in (("contexts", 1), ("buffered", 1), ("tokenizing", 0)):
+        value: object = getattr(stated, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            return f"expected {least} or more {name}, a whole number"
+    for name in ("ahead", "needed"):
+        if not isinstance(getattr(stated, name), bool):
+            return f"expected True or False as {name}"
+    for name in ("needed_line", "contexts_option", "buffered_option"):
+        if not isinstance(getattr(stated, name), str):
+            return f"expected text as {name}"
+    if stated.device is not None and not isinstance(stated.device, str):
+        return "expected the name of a device, or None, as device"
+    return f"expected {', '.join(_TYPES)} or None as dtype" if stated.dtype not in (None, *_TYPES) else ""

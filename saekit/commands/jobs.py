@@ -182,7 +182,7 @@ def plan_after(
 
         say("trying the model and a few steps" if load else "counting")
         before += time.perf_counter() - begun
-        found = look(config, plugins, model, dataset, load=load, measure=measure, before=before)
+        found = look(config, plugins, model, dataset, load=load, measure=measure, before=before, say=say)
     problems = list(dict.fromkeys([*faults.texts, *found.problems]))
     return attrs.evolve(found, problems=problems, verdict=cannot_run(problems) or found.verdict)
 

@@ -19,7 +19,7 @@ from saekit.errors import DataError, ModelError
 from saekit.site import Site
 from saekit.values import Batch
 
-__all__ = ["ActivationStream", "DealtActivations", "check_contexts"]
+__all__ = ["ActivationStream", "DealtActivations", "check_contexts", "is_out_of_memory"]
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What libraries say in errors of other classes."""
@@ -133,7 +133,7 @@ class ActivationStream:
             try:
                 parts.append(self._forward(tokens[now], None if kept is None else kept[now]))
             except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                if not _out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 failure = error.with_traceback(None)  # its frames hold the tensors of the forward
             if failure is not None:
@@ -285,7 +285,8 @@ class DealtActivations(ActivationStream):
         self._read = None
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that there is no memory left, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     text = str(error).lower()

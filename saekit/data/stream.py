@@ -119,6 +119,12 @@ class StreamContext:
         own._open_contexts = self._open_own or self._open_contexts
         return own
 
+    def afresh(self) -> StreamContext:
+        """The same part of the text, which nobody has begun to read."""
+        other = copy.copy(self)
+        vars(other).pop("contexts", None)
+        return other
+
     def rows_per_context(self, context_size: int) -> int:
         """Tokens of a context that may count, at most."""
         return len(range(context_size)[slice(*self.choice.seqpos_slice)])

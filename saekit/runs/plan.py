@@ -72,16 +72,18 @@ def look(
     load: bool = True,
     measure: bool = False,
     before: float = 0.0,
+    say: Callable[[str], object] = lambda text: None,
 ) -> Plan:
     """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
 
     Without ``load`` the model is only outlined, and nothing is timed.  ``measure``: other ways to run the model are
-    timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.
+    timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.  ``say`` is
+    told of what is found before it is timed.
     """
     planner = _Planner(config, plugins, measure=measure, opening=Stopwatch(before))
     try:
         with ambient():
-            planner.look(model, dataset, load=load)
+            planner.look(model, dataset, load=load, say=say)
     finally:
         SHARED.release()
     return planner.plan()
@@ -141,6 +143,11 @@ class _Planner:
         self.problems += [problem for problem in found if problem not in self.problems]
         return None
 
+    def untimed(self, why: str) -> None:
+        """What is not tried, and ``why``."""
+        self.unmeasured = why
+        self.facts["duration"] = f"not measured: {why}"
+
     def doubt(self, *texts: str) -> None:
         """Among the warnings, each once."""
         self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
@@ -168,7 +175,7 @@ class _Planner:
         text = cannot_run(self.problems) or found.text
         return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
 
-    def look(self, model: object | None, dataset: object | None, *, load: bool) -> None:
+    def look(self, model: object | None, dataset: object | None, *, load: bool, say: Callable[[str], object]) -> None:
         """Everything, as far as it can be reached."""
         config, plugins = self.config, self.plugins
         device = self.early(load=load)
@@ -180,8 +187,7 @@ class _Planner:
         if model is None and corpus is not None and has_model(config, plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
-            self.unmeasured = "it does not fit" if load else "the model was not loaded"
-            self.facts["duration"] = f"not measured: {self.unmeasured}"
+            self.untimed("it does not fit" if load else "the model was not loaded")
             return
         backend = self.loaded(model)
         if corpus is None or backend is None:
@@ -209,7 +215,10 @@ class _Planner:
             self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
             found = self.sizes(stream, corpus, ports, source)
             tried = found is not None and schedule is not None and fits and not self.refused
-            if tried and (source is not None or stream.has_model):
+            if found is not None and found.memory.lacking(self.free):
+                self.untimed("it does not fit")
+            elif tried and (source is not None or stream.has_model):
+                say(f"{self.plan().verdict} Trying a few batches of it")
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:
@@ -302,17 +311,8 @@ class _Planner:
         config: TrainConfig | None = None,
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        counted = Sizes(
-            config or self.config,
-            self.plugins,
-            self.options,
-            stream,
-            corpus,
-            ports,
-            self.world,
-            self.free,
-            self.numbers,
-        )
+        own = config or self.config
+        counted = Sizes(own, self.plugins, self.options, stream, corpus, ports, self.world, self.free, self.numbers)
         if self.attempt(lambda: counted.count(source)) is None:
             return None
         self.numbers |= counted.numbers

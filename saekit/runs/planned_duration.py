@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import attrs
 import torch
 
+from saekit.abilities import StatesForwards
 from saekit.config import SAEConfig, TrainConfig
 from saekit.data import Corpus, StreamContext
+from saekit.data.activations import is_out_of_memory
+from saekit.devices import free_memory
 from saekit.distributed.world import World
-from saekit.errors import DataError
+from saekit.errors import DataError, SaekitError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
@@ -30,15 +33,17 @@ from saekit.runs.planned_time import (
     timed_pictures,
     timed_writing,
 )
-from saekit.runs.rehearsal import ForwardStage, Rehearsed, rehearsed
+from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, rehearsed
 from saekit.runs.setup import give_weights, make_trainer
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.working_memory import resident_peak
 from saekit.sae.module import SAEModule
 from saekit.training.trainer import SAETrainer
-from saekit.values import Batch, Histogram, Ports
+from saekit.values import Histogram, Ports
 
 __all__ = ["TimedRun"]
+
+_T = TypeVar("_T")
 
 _UNSURE = 1.5  # as many times as long may a run take as is planned
 _MANY = 1.1  # as many forwards as training takes, to be worth a word
@@ -74,29 +79,72 @@ class TimedRun:
     """Bytes of the run's buffer that are not there while parts of it are tried."""
     logged: Mapping[str, float | Histogram] = attrs.field(init=False, factory=dict)
     """Metrics of the first step."""
+    _full: bool = attrs.field(init=False, default=False)  # memory did not suffice to time it
 
     def time(self, source: SupervisedSource | None, schedule: Any, evals: Mapping[str, Eval], reads: bool) -> None:
         """All of it; the source ``reads`` the text, and so runs the model, or has what the model made."""
         runs_model = source is None or reads
-        if runs_model:
-            self._others()
-            rows: Any = ForwardStage(self.stream, self.counted.source)
-        else:
-            rows = source
-            if self.measure:
-                self.facts[SIZES_FACT] = "not compared: the activations are there, and training runs no model"
         if self.options.d_in not in (None, self.ports.d_in):
             self.facts["duration"] = "not measured: the SAE is not as wide as its activations"
+        else:
+            self._parts(source, schedule, evals, runs_model=runs_model)
+        if runs_model and not self._full:  # after all that a run does, whose memory is told by the peak of it
+            self._others()
+        elif self.measure and not runs_model:
+            self.facts[SIZES_FACT] = "not compared: the activations are there, and training runs no model"
+
+    def _parts(
+        self, source: SupervisedSource | None, schedule: Any, evals: Mapping[str, Eval], *, runs_model: bool
+    ) -> None:
+        """What a run is made of, in its order; as far as it can be timed."""
+        deadline = Deadline()
+        begun = self._tried(lambda: self._first_rows(source, deadline, runs_model=runs_model))
+        if begun is None:
             return
+        rows, first = begun
+        made = self._tried(lambda: self._trainer(first, schedule), refuses=True)
+        if made is None:
+            return
+        trainer, weights = made
+        found = self._tried(lambda: self._rehearsed(rows, trainer, first, deadline, runs_model=runs_model))
+        if found is None:
+            return
+        evaluated, cold = self._measuring(trainer, evals, deadline)
+        self._put_together(found, weights, evaluated, cold, runs_model=runs_model)
+
+    def _tried(self, work: Callable[[], _T], *, refuses: bool = False) -> _T | None:
+        """``work()``, or None where it fails: that is a warning, since the run has what the plan may not.
+
+        Where ``work`` ``refuses`` what the run would refuse, the error is raised.
+        """
+        try:
+            return work()
+        except Exception as error:  # plugins raise what they like
+            self._full = is_out_of_memory(error)
+            if refuses and isinstance(error, SaekitError) and not self._full:
+                raise
+            why = "ran out of memory" if self._full else reason(error)
+        self.facts["duration"] = f"not measured: {why}"
+        self.warnings.append(f"the run could not be timed: {why}")
+        if self._full:
+            free_memory()
+        return None
+
+    def _first_rows(
+        self, source: SupervisedSource | None, deadline: Deadline, *, runs_model: bool
+    ) -> tuple[Any, FirstRows]:
+        """Where rows come from, and the first of them."""
+        rows: Any = source
+        if runs_model:  # a source that states no forwards may have read its text when it was opened
+            own = self.stream.own
+            stream = own if source is None or isinstance(source, StatesForwards) else own.afresh()
+            rows = ForwardStage(stream, self.counted.source, deadline)
         seconds = Stopwatch()
         with seconds():
-            first = next(rows, None)
-        if first is None:
-            raise DataError("there are no activations to time; is there any text?")
-        trainer, weights = self._trainer(first, schedule)
-        found = self._rehearsed(rows, trainer, (first, seconds.seconds / len(first)), runs_model=runs_model)
-        evaluated, cold = self._measuring(trainer, evals)
-        self._put_together(found, weights, evaluated, cold, runs_model=runs_model)
+            batch = next(rows, None)
+        if batch is None:
+            raise DataError("there are no activations; is there any text?")
+        return rows, FirstRows(seconds.seconds / len(batch), batch)
 
     def _put_together(
         self, found: Rehearsed, weights: float, evaluated: float | None, cold: float, *, runs_model: bool
@@ -136,7 +184,9 @@ class TimedRun:
         if runs_model:
             self.counted.time_recipe(found.per_row)
         what = "the model" if runs_model else "reading activations"
-        self.facts["duration"] = times.text(what, messages=size > 1)
+        made = "forwards" if runs_model else "reads"
+        on = f"timed on {found.forwards:,} {made} and {found.steps:,} step{'s' * (found.steps != 1)}"
+        self.facts["duration"] = times.text(what, messages=size > 1, on=on)
 
     def _copies(self, seconds: float) -> int:
         """How many checkpoints may come before the last step, of a run whose steps end after about so many seconds."""
@@ -157,7 +207,7 @@ class TimedRun:
                 f"{line}; the last batches are others then, drawn from fewer activations"
             )
 
-    def _trainer(self, rows: Batch, schedule: Any) -> tuple[SAETrainer, float]:
+    def _trainer(self, first: FirstRows, schedule: Any) -> tuple[SAETrainer, float]:
         """An SAE in training, with its first weights, and how many seconds that takes."""
         config, clock = in_step(self.config, self.world), Stopwatch()
         with clock():
@@ -171,11 +221,14 @@ class TimedRun:
                 schedule,
                 world=self.world.column,
             )
-            give_weights(trainer, config, self.corpus, lambda: rows.activations, self.start)
+            assert (batch := first.batch) is not None
+            give_weights(trainer, config, self.corpus, lambda: batch.activations, self.start)
         self.facts["SAE step"] = trainer.step_path()
         return trainer, clock.seconds
 
-    def _rehearsed(self, rows: Any, trainer: SAETrainer, first: tuple[Batch, float], *, runs_model: bool) -> Rehearsed:
+    def _rehearsed(
+        self, rows: Any, trainer: SAETrainer, first: FirstRows, deadline: Deadline, *, runs_model: bool
+    ) -> Rehearsed:
         """A few batches, as the loop makes them."""
 
         def look(metrics: Mapping[str, float | Histogram]) -> None:
@@ -193,6 +246,7 @@ class TimedRun:
                 ahead=runs_model and self.counted.source.ahead,
                 alone=0.0 if beside else 1.0,
                 look=look,
+                deadline=deadline,
             )
         )
         if torch.device(self.counted.buffer_device).type == "cpu":  # what is mixed is less here than in the run
@@ -205,15 +259,21 @@ class TimedRun:
         if peak is not None:
             self.peak = max(self.peak or 0.0, peak + self.rows_missing)
 
-    def _pictures(self) -> float:
-        """Seconds to draw them."""
+    def _pictures(self) -> float | None:
+        """Seconds to draw them; None where that cannot be told."""
         if not self.config.reports.pictures or not self.world.main:
             return 0.0
-        seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+        try:
+            seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+        except (OSError, SaekitError) as error:  # as where no temporary folder can be written
+            self.warnings.append(f"pictures could not be timed: {reason(error)}")
+            return None
         self._note(peak)
         return seconds
 
-    def _measuring(self, trainer: SAETrainer, evals: Mapping[str, Eval]) -> tuple[float | None, float]:
+    def _measuring(
+        self, trainer: SAETrainer, evals: Mapping[str, Eval], deadline: Deadline
+    ) -> tuple[float | None, float]:
         """Seconds of one measuring, None where that cannot be told; and what the first takes beyond that."""
         if not evals_of(self.config):
             return 0.0, 0.0
@@ -222,7 +282,9 @@ class TimedRun:
         contexts = self.corpus.held_out(self.backend, seed=0) if self.config.evals.reads_text else None
         with self.stream.model_lock:
             try:
-                found, peak = resident_peak(lambda: timed_eval(self.config, trainer, self.backend, evals, contexts))
+                found, peak = resident_peak(
+                    lambda: timed_eval(self.config, trainer, self.backend, evals, contexts, deadline.left)
+                )
             except Exception as error:  # evals of plugins raise what they like, and the run itself goes on without
                 self.warnings.append(f"evals could not be timed: {reason(error)}")
                 return None, 0.0

@@ -78,7 +78,7 @@ class Sizes:
     def count(self, source: ActivationSource | None) -> Sizes:
         """All of it, for batches from ``source``, if it could be opened."""
         if isinstance(source, StatesForwards):
-            self.source = source.forwards
+            self.source = source.source_forwards
         item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
         # Memory is taken as it is written to, so this takes none.
         sae = build_module(item, self.options, self.ports, self.plugins)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 import torch
@@ -35,7 +37,7 @@ __all__ = [
     "timed_writing",
 ]  # fmt: skip
 
-_FEW = 16  # contexts that an eval is timed on first
+_FEW = 4  # contexts that an eval is timed on first
 _SECONDS = 3.0  # for which it is timed on more
 _WRITTEN = 1 << 26  # bytes that writing is timed with, at most
 _LOGGED = 20_000  # records, at most, that pictures are timed with
@@ -82,8 +84,8 @@ class Times:
     evals_before: float = 0.0
     """Of these, those of evals that come before the last step."""
     saving: float
-    pictures: float = 0.0
-    """That are drawn when all else is done."""
+    pictures: float | None = 0.0
+    """For those that are drawn when all else is done; None: not known."""
 
     @property
     def first(self) -> float:
@@ -93,7 +95,7 @@ class Times:
     @property
     def end(self) -> float:
         """Of the run."""
-        return self.last + (self.evals or 0.0) - self.evals_before + self.saving + self.pictures
+        return self.last + (self.evals or 0.0) - self.evals_before + self.saving + (self.pictures or 0.0)
 
     @property
     def last(self) -> float:
@@ -110,14 +112,17 @@ class Times:
             "step_seconds": self.cold + self.steps,
             **({} if self.evals is None else {"eval_seconds": self.evals}),
             "saving_seconds": self.weights + self.copies + self.saving,
-            "picture_seconds": self.pictures,
+            **({} if self.pictures is None else {"picture_seconds": self.pictures}),
             "first_step_seconds": self.first,
             "last_step_seconds": self.last,
             "seconds": self.end,
         }
 
-    def text(self, what: str, *, messages: bool) -> str:
-        """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted."""
+    def text(self, what: str, *, messages: bool, on: str = "") -> str:
+        """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted.
+
+        ``on``: what it was timed on.
+        """
         parts = [f"opening {duration_text(self.opening)}"]
         parts.append(f"{what} {duration_text(self.filling + self.forwards)}")
         parts.append(f"the SAE {duration_text(self.cold + self.steps)}")
@@ -126,11 +131,11 @@ class Times:
         parts.append(f"weights and saving {duration_text(self.weights + self.copies + self.saving)}")
         if self.pictures:
             parts.append(f"pictures {duration_text(self.pictures)}")
-        left = ["messages"] * messages + ["evals"] * (self.evals is None)
+        left = ["messages"] * messages + ["evals"] * (self.evals is None) + ["pictures"] * (self.pictures is None)
         missing = f"; {' and '.join(left)} not counted" if left else ""
         return (
             f"about {duration_text(self.end)}, the first step after {duration_text(self.first)}: {', '.join(parts)}"
-            f"{missing}"
+            f"{f'; {on}' if on else ''}{missing}"
         )
 
 
@@ -189,9 +194,18 @@ def evals_of(config: TrainConfig) -> int:
 
 
 def timed_eval(
-    config: TrainConfig, trainer: SAETrainer, backend: ModelBackend, evals: Mapping[str, Eval], contexts: Tensor | None
+    config: TrainConfig,
+    trainer: SAETrainer,
+    backend: ModelBackend,
+    evals: Mapping[str, Eval],
+    contexts: Tensor | None,
+    left: float = 0.0,
 ) -> tuple[float, float]:
-    """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise."""
+    """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise.
+
+    The first measuring makes what the others find there; it is all that is told by where it takes more seconds than
+    there are ``left``, or three.
+    """
     weights = Stopwatch()
 
     def measured(some: Tensor | None) -> float:
@@ -200,22 +214,25 @@ def timed_eval(
             all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=some)
         return clock.seconds
 
+    whole = 0 if contexts is None else len(contexts)
+    few = None if contexts is None else contexts[:_FEW]
+    times = whole / len(few) if few is not None and len(few) else 1.0
     try:
         with seeded(config.training.seed):
             with weights():
                 sae = trainer.raw_sae()
                 weight_metrics(sae)
-            few = None if contexts is None else contexts[:_FEW]
             first = measured(few)
-            if contexts is None or few is None or not len(few) or first > _SECONDS:
-                times = len(contexts) / len(few) if contexts is not None and few is not None and len(few) else 1.0
+            if first > max(left, _SECONDS):
                 return weights.seconds + times * first, 0.0
-            most = min(int(_FEW * _SECONDS / first) // _FEW * _FEW, len(contexts))
-            again = measured(contexts[:most]) / most
+            again = measured(few)
+            seconds, most = times * again, min(int(_FEW * _SECONDS / max(again, 1e-9)) // _FEW * _FEW, whole)
+            if contexts is not None and most > _FEW:
+                seconds = whole * measured(contexts[:most]) / most
     finally:
         for parameter in trainer.sae.parameters():
             parameter.grad = None
-    return weights.seconds + len(contexts) * again, max(first - len(few) * again, 0.0)
+    return weights.seconds + seconds, max(first - again, 0.0)
 
 
 def timed_writing(folder: str, size: float) -> float:
@@ -241,14 +258,21 @@ def timed_copy(size: float) -> float:
     return clock.seconds * size / len(some)
 
 
+def _logged(value: float | Histogram) -> Any:
+    """``value`` as a run logs it: JSON has no nan."""
+    if isinstance(value, Histogram):
+        return {"counts": list(value.counts), "edges": [_logged(edge) for edge in value.edges]}
+    return value if math.isfinite(value) else None
+
+
 def timed_pictures(config: TrainConfig, plugins: PluginManager, metrics: Mapping[str, float | Histogram]) -> float:
     """Seconds to draw the pictures of a run that has logged such ``metrics`` as often as this one will.
 
-    It is drawn in a temporary folder, of which nothing stays.
+    It is drawn in a temporary folder, of which nothing stays; OSError and :class:`SaekitError` where there can be none.
     """
     training = config.training
     logged = min(training.steps // training.log_frequency + 1, _LOGGED)
-    numbers = {name: value for name, value in metrics.items() if not isinstance(value, Histogram)}
+    numbers = {name: _logged(value) for name, value in metrics.items()}
     with tempfile.TemporaryDirectory() as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pictures that cannot be drawn, the run warns
         folder = Path(temporary)

@@ -24,6 +24,7 @@ from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
 from saekit.site import Site
+from saekit.source_forwards import fault_of_forwards
 from saekit.values import Batch
 
 __all__ = ["SupervisedSource"]
@@ -37,7 +38,7 @@ class SupervisedSource:
 
     widths: Mapping[Site, int]
     rows: int
-    forwards: SourceForwards
+    source_forwards: SourceForwards
     pause: Callable[[], None]
     memory_bytes: Callable[[], int]
     recipe_size: Callable[[], tuple[int, int]]
@@ -58,9 +59,9 @@ class SupervisedSource:
         with self._blamed("rows"):
             if isinstance(source, StatesRows):
                 self.rows = self._count(source.rows)
-        with self._blamed("forwards"):
+        with self._blamed("source_forwards"):
             if isinstance(source, StatesForwards):
-                self.forwards = self._stated_forwards(source.forwards)
+                self.source_forwards = self._stated_forwards(source.source_forwards)
         with self._blamed("copies_state"):
             if isinstance(source, CopiesState):
                 self.copies_state = source.copies_state is True
@@ -93,9 +94,9 @@ class SupervisedSource:
         return rows
 
     def _stated_forwards(self, stated: object) -> SourceForwards:
-        if not isinstance(stated, SourceForwards) or min(stated.contexts, stated.buffered) < 1 or stated.tokenizing < 0:
-            expected = "expected saekit.abilities.SourceForwards with 1 or more contexts and forwards buffered"
-            raise returned(self._item, "forwards", stated, expected)
+        if fault := fault_of_forwards(stated):
+            raise returned(self._item, "source_forwards", stated, fault)
+        assert isinstance(stated, SourceForwards)
         return stated
 
     def _watched(self, doing: str, work: Callable[[], _T]) -> Callable[[], _T]:

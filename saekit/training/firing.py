@@ -19,6 +19,7 @@ class FiringStatistics:
         self._fired = torch.zeros(d_sae, dtype=torch.long, device=device)
         self._rows = 0
         self._steps = 0
+        self._put = False  # whether features are silent for steps that were not made
         self.since_fired = torch.zeros(d_sae, dtype=torch.long, device=device)
         """``[d_sae]``: steps since each feature last fired."""
         self.last_fractions: Tensor | None = None
@@ -41,6 +42,15 @@ class FiringStatistics:
     def dead(self) -> Tensor:
         """``[d_sae]`` bool: not fired for more than the dead-feature window."""
         return self.since_fired > self._dead_after
+
+    def may_have_dead(self, step: int) -> bool:
+        """Whether features can be dead when ``step`` steps were made, by what needs no look at the numbers."""
+        return self._put or step > self._dead_after
+
+    def put_dead(self, which: Tensor) -> None:
+        """The features ``which [d_sae]`` count as dead until they fire, as if they had been silent for as long."""
+        self._put = True
+        self.since_fired.masked_fill_(which, self._dead_after + 1)
 
     def fractions(self) -> Tensor:
         """``[d_sae]``: the fraction of tokens on which each fired, in this window so far."""

@@ -214,7 +214,7 @@ class SAETrainer:
 
     def _gradients(self, x: Tensor, target: Tensor | None, batch: Batch | None) -> StepOutput:
         dead: Tensor | None = self.firing.dead()
-        if not at_hand(x.device) and self.step <= self.training.dead_after:
+        if not at_hand(x.device) and not self.firing.may_have_dead(self.step):
             dead = None  # none can be; and to look would be to wait for the device
         step = StepInput(
             step=self.step,

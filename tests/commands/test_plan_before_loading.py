@@ -256,3 +256,16 @@ def test_special_tokens_are_planned_without_a_tokenizer(tmp_path: Path, backend:
 def test_positions_that_count_are_told_without_a_text(tmp_path: Path) -> None:
     found = saekit.plan(config(tmp_path, tokens={"seqpos_slice": [2, None]}), plugins=manager(outline), load=False)
     assert (found.problems, found.facts["tokens"]) == ([], "30 of 32 of each context count")
+
+
+def test_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with a model that was passed, which is not counted before it is there."""
+
+    def tried(*given: Any) -> None:
+        raise AssertionError("it was tried")
+
+    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e3))
+    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", tried)
+    found = saekit.plan(run_config(tmp_path), model=hooked_transformer())
+    assert found.fits is False
+    assert found.facts["duration"] == "not measured: it does not fit"

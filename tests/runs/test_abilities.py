@@ -37,7 +37,7 @@ MEMBERS = {
     Pauses: "pause",
     StatesRows: "rows",
     StatesWidths: "widths",
-    StatesForwards: "forwards",
+    StatesForwards: "source_forwards",
     HasMemory: "memory_bytes",
 }
 FORWARDS = SourceForwards(contexts=3, buffered=5, tokenizing=1)
@@ -75,7 +75,7 @@ OWN: dict[str, Any] = {
     "pause": _pause,
     "rows": property(lambda self: 1000),
     "widths": property(lambda self: {SITE: FakeBackend.d_model}),
-    "forwards": property(lambda self: FORWARDS),
+    "source_forwards": property(lambda self: FORWARDS),
     "memory_bytes": lambda self: 4096,
 }
 
@@ -106,7 +106,7 @@ def test_a_supervised_source_can_do_what_the_source_can(names: tuple[str, ...]) 
     if "pause" in names:
         found.pause()
         assert source.paused == 1
-    for name, value in (("rows", 1000), ("widths", {SITE: FakeBackend.d_model}), ("forwards", FORWARDS)):
+    for name, value in (("rows", 1000), ("widths", {SITE: FakeBackend.d_model}), ("source_forwards", FORWARDS)):
         assert name not in names or getattr(found, name) == value
     assert "memory_bytes" not in names or found.memory_bytes() == 4096
 
@@ -142,9 +142,9 @@ def fails(error: BaseException) -> Any:
             ": widths returned .* expected a width of 1 or more for blocks.0",
         ),
         ({"rows": property(fails(ValueError("no rows")))}, "failed in rows: ValueError: no rows"),
-        ({"forwards": property(fails(ValueError("none")))}, "failed in forwards: ValueError: none"),
-        ({"forwards": SourceForwards(contexts=0)}, ": forwards returned .* with 1 or more contexts"),
-        ({"forwards": (16, 32)}, ": forwards returned .* expected saekit.abilities.SourceForwards"),
+        ({"source_forwards": property(fails(ValueError("none")))}, "failed in source_forwards: ValueError: none"),
+        ({"source_forwards": SourceForwards(contexts=0)}, ": source_forwards returned .* expected 1 or more contexts"),
+        ({"source_forwards": (16, 32)}, ": source_forwards returned .* expected saekit.abilities.SourceForwards"),
         ({"rows": lambda self, n: n}, ": rows returned .*, expected how many rows one reading has, a whole number"),
     ],
 )
@@ -159,6 +159,27 @@ def test_an_ability_that_fails_is_named_and_the_source_closed(tmp_path: Path, ow
     with pytest.raises(PluginFailedError, match=rf"^activation source 'test:mine' \(test 0\) ?{told}"):
         train(table, plugins=manager(None, fake_plugin("activation_sources", "mine", build)))
     assert [source.closed for source in made] == [1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"contexts": "16"}, "expected 1 or more contexts, a whole number"),
+        ({"buffered": 2.5}, "expected 1 or more buffered"),
+        ({"tokenizing": -1}, "expected 0 or more tokenizing"),
+        ({"ahead": 1}, "expected True or False as ahead"),
+        ({"needed_line": None}, "expected text as needed_line"),
+        ({"device": torch.device("cpu")}, "expected the name of a device, or None, as device"),
+        ({"dtype": torch.float16}, "expected float32, bfloat16, float16, float64 or None as dtype"),
+    ],
+)
+def test_what_is_stated_of_forwards_is_of_its_types(wrong: dict[str, Any], told: str) -> None:
+    with pytest.raises(PluginFailedError, match=f"source_forwards returned .* {told}"):
+        supervised(source_with(set(), source_forwards=SourceForwards(**wrong))())
+
+
+def test_an_attribute_of_a_sources_own_is_its_own() -> None:
+    assert not isinstance(supervised(source_with(set(), forwards=68)()), StatesForwards)
 
 
 @pytest.mark.parametrize("name", ["pause", "memory_bytes"])

@@ -19,7 +19,7 @@ from saekit.data.activations import ActivationStream
 from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES
-from saekit.runs import other_ways, planned_duration
+from saekit.runs import other_ways, planned_duration, planned_time
 from saekit.runs.other_ways import Compared, compared
 from saekit.runs.planned_memory import Memory, Need, Of
 from saekit.runs.planned_time import Served, Times, evals_of, ran_ahead, timed_writing
@@ -258,6 +258,45 @@ def test_a_copy_is_forgotten_where_the_end_is_clearly_first(minutes: float, seco
     assert planned_duration.TimedRun._copies(run, seconds) == copies
     run.config = load_config({"checkpoints": {"every_minutes": minutes, "n_checkpoints": 3}})
     assert planned_duration.TimedRun._copies(run, seconds) == copies + 3
+
+
+@pytest.mark.parametrize(
+    ("left", "asked", "found"),
+    [(6.0, [4, 4, 12], (100 * 2 / 12, 4.0)), (1.0, [4], (100 * 5 / 4, 0.0))],
+    ids=["warm", "no time"],
+)
+def test_an_eval_is_measured_again_before_it_is_scaled(
+    left: float, asked: list[int], found: tuple[float, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first takes 5 s of what takes 1 s from then on."""
+    now, seen = [0.0], []
+    takes = iter([5.0, 1.0, 2.0])
+
+    def called(asked: Any, *, backend: Any, contexts: Any) -> None:
+        seen.append(len(contexts))
+        now[0] += next(takes)
+
+    monkeypatch.setattr(planned_time, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(planned_time, "all_called", called)
+    monkeypatch.setattr(planned_time, "weight_metrics", lambda sae: None)
+    trainer: Any = SimpleNamespace(raw_sae=lambda: None, sae=SimpleNamespace(parameters=list))
+    backend: Any = None
+    contexts = torch.zeros(100, 4)
+    assert planned_time.timed_eval(load_config({}), trainer, backend, {}, contexts, left) == found
+    assert seen == asked
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_other_ways_are_tried_after_all_of_the_run(full: bool) -> None:
+    """What they leave in memory is none of the run's; where that did not suffice, they are not."""
+    done: list[str] = []
+    run: Any = SimpleNamespace(
+        options=SimpleNamespace(d_in=None), ports=SimpleNamespace(d_in=3), measure=False, _full=full,
+        _others=lambda: done.append("others"),
+        _parts=lambda *given, **how: done.append("parts"),
+    )  # fmt: skip
+    planned_duration.TimedRun.time(run, None, None, {}, True)
+    assert done == ["parts"] + ["others"] * (not full)
 
 
 def test_evals_that_fail_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -12,13 +13,20 @@ import pytest
 import torch
 
 import saekit
+from saekit.abilities import SourceForwards
 from saekit.config.files import load_config
+from saekit.data import ContextStream, StreamContext, TokenPolicy
 from saekit.distributed.world import ALONE
-from saekit.errors import DivergedError
+from saekit.errors import DataError, DivergedError, ModelError
 from saekit.process_age import process_age
-from saekit.runs import planned_time, rehearsal
-from saekit.runs.rehearsal import Rehearsed, part_added, rehearsed
-from saekit.values import Batch
+from saekit.runs import planned_duration, planned_time, rehearsal
+from saekit.runs.planned_time import Times
+from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, part_added, rehearsed
+from saekit.testing import FakeBackend
+from saekit.tokens import TokenChoice
+from saekit.training.firing import FiringStatistics
+from saekit.training.trainer import SAETrainer
+from saekit.values import Batch, Histogram
 
 SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 
@@ -49,7 +57,7 @@ class Trainer:
         self.training = SimpleNamespace(
             train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=2
         )
-        self.firing = SimpleNamespace(since_fired=torch.zeros(4))
+        self.firing = FiringStatistics(4, dead_after=2, window=1000, device="cpu")
         self.sizes: list[int] = []
 
     @property
@@ -85,7 +93,7 @@ class Forwards:
 
 
 def turns(clock: Clock, trainer: Any, rows: Any, *, forward: int = 4, **given: Any) -> Rehearsed:
-    first = next(rows), 3.0
+    first = FirstRows(3.0, next(rows))
     given = {"ahead": False, "alone": 1.0, "look": lambda metrics: None} | given
     return rehearsed(rows, trainer, first, forward=forward, **given)
 
@@ -99,6 +107,7 @@ def test_the_first_of_each_is_cold(clock: Clock) -> None:
     assert found.held == (8 + 4) * (3 * 4 + 3 * 8)
     assert seen == [{"metrics/l0": 1.0, "details/distinct_documents": 1}], "as the loop hands them on"
     assert trainer.sizes == [8, 8], "no more, since the time was over"
+    assert (found.forwards, found.steps) == (5, 2), "of a third batch one, and then all of the time was over"
 
 
 def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
@@ -109,7 +118,7 @@ def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
             return super().train_on(*given)
 
     trainer: Any = Teaching(clock, steps=100)
-    found = turns(clock, trainer, Forwards(clock))
+    found = turns(clock, trainer, Forwards(clock), deadline=Deadline(100))
     assert (found.step, found.late) == (5, 15)
     assert found.mean_step(10, 2) == (2 * 5 + 8 * 15) / 10
     short: Any = Teaching(clock, steps=2)
@@ -127,6 +136,125 @@ def test_text_that_ends_makes_one_batch(clock: Clock) -> None:
     found = turns(clock, trainer, Forwards(clock, left=1))
     assert trainer.sizes == [8], "the rows that there are, twice"
     assert (found.per_row, found.step) == (3.0, 8), "those of the first forward"
+
+
+def test_time_that_is_over_ends_all_of_it(clock: Clock) -> None:
+    """Forwards of 2 s, of which a batch takes 16: the rows at hand are trained on again, and nothing else is begun."""
+    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    found = turns(clock, trainer, Forwards(clock), ahead=True, alone=0.25)
+    assert trainer.sizes == [64], "its first step took 4 s, and another would take as long for all that is known"
+    assert clock.now <= 20 + 2 + 4 + 2
+    assert (found.per_row, found.step, found.forwards, found.steps, found.shared) == (0.5, 4, 11, 1, 0.25)
+
+
+def test_a_short_step_is_made_twice_all_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_SPARE", 5.0)
+    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    found = turns(clock, trainer, Forwards(clock))
+    assert trainer.sizes == [64, 64]
+    assert (found.step, found.forwards) == (1, 11), "and no forward for it"
+
+
+def test_what_would_not_end_in_time_is_not_begun(clock: Clock) -> None:
+    trainer: Any = Trainer(clock, steps=100, seconds=3.0)
+    trainer.firing.since_fired += 5
+    assert turns(clock, trainer, Forwards(clock), deadline=Deadline(29)).steps == 2, "two batches would take 14 s"
+    assert turns(clock, trainer, Forwards(clock), deadline=Deadline(60)).steps > 4
+
+
+def stream_of(*, counting: bool = True) -> StreamContext:
+    def contexts() -> ContextStream:
+        documents = [[1 + n % 100] * 20 for n in range(30)]
+        return ContextStream(documents, list, TokenPolicy(context_size=8), d_vocab=128, repeat=True)
+
+    choice = TokenChoice() if counting else TokenChoice(exclude=frozenset(range(128)))
+    return StreamContext(
+        backend=FakeBackend(), sites=[SITE], batch_size=24, seed=3, open_contexts=contexts, choice=choice
+    )
+
+
+def test_forwards_are_rows_as_the_source_keeps_them() -> None:
+    made = next(ForwardStage(stream_of(), SourceForwards(contexts=2, dtype="bfloat16"), Deadline()))
+    assert made.activations[SITE].dtype == torch.bfloat16
+
+
+def test_text_of_which_nothing_counts_is_read_until_the_time_is_over(clock: Clock) -> None:
+    stream, forwards = stream_of(counting=False), []
+
+    def run(tokens: Any, **given: Any) -> Any:
+        clock.now += 2.0
+        forwards.append(len(tokens))
+        return FakeBackend.run(stream.backend, tokens, **given)
+
+    stream.backend.run = run  # type: ignore[method-assign]
+    with pytest.raises(DataError, match="no token of 40 contexts one after the other counts"):
+        next(ForwardStage(stream, SourceForwards(contexts=4), Deadline()))
+    assert forwards == [4] * 10
+
+
+def test_text_that_was_read_is_read_afresh_unless_the_source_states_forwards() -> None:
+    stream = stream_of()
+    begun = stream.contexts.take(10)
+    run: Any = SimpleNamespace(stream=stream, counted=SimpleNamespace(source=SourceForwards(contexts=2)))
+    silent: Any = SimpleNamespace()
+    stating: Any = SimpleNamespace(source_forwards=SourceForwards())
+
+    def first(source: Any) -> list[int]:
+        _, made = planned_duration.TimedRun._first_rows(run, source, Deadline(), runs_model=True)
+        return made.given().tokens.tolist()  # type: ignore[union-attr]
+
+    assert first(silent) == first(silent) == begun.tokens[:2].flatten().tolist()
+    assert first(stating) == first_of(stream_of(), 10), "where the source goes on"
+
+
+def first_of(stream: StreamContext, skipped: int) -> list[int]:
+    stream.contexts.take(skipped)
+    return stream.contexts.take(2).tokens.flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("error", "why", "full"),
+    [
+        (ModelError("no such thing"), "no such thing", False),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "ran out of memory", True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "ran out of memory", True),
+        (KeyError("a"), "KeyError: 'a'", False),
+    ],
+)
+def test_what_cannot_be_timed_is_a_warning(error: Exception, why: str, full: bool) -> None:
+    run: Any = SimpleNamespace(facts={}, warnings=[])
+
+    def failing() -> None:
+        raise error
+
+    assert planned_duration.TimedRun._tried(run, failing) is None
+    assert run.facts == {"duration": f"not measured: {why}"}
+    assert run.warnings == [f"the run could not be timed: {why}"]
+    assert run._full == full
+    if isinstance(error, ModelError):
+        with pytest.raises(ModelError):
+            planned_duration.TimedRun._tried(run, failing, refuses=True)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_dead_features_are_seen_on_other_devices(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a look waits, a trainer knows by its steps that none are dead, and a rehearsal says that some are."""
+    monkeypatch.setattr("saekit.training.trainer.at_hand", lambda device: there)
+    found = FiringStatistics(4, dead_after=3, window=10, device="cpu")
+    assert [found.may_have_dead(step) for step in (0, 3, 4)] == [False, False, True]
+    seen: list[Any] = []
+    trainer: Any = SimpleNamespace(
+        firing=found, step=2, training=SimpleNamespace(dead_after=3, steps=100, compile=False), generator=None,
+        backend=None, rounds_products=False, finished=False,
+        sae=SimpleNamespace(training_step=lambda x, step: seen.append(step.dead)),
+    )  # fmt: skip
+    SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)
+    found.since_fired.copy_(torch.tensor([0, 1, 2, 2]))
+    assert rehearsal._let_die(trainer)
+    SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)
+    assert seen[0] is None or not seen[0].any()
+    assert (seen[0] is None) == (not there)
+    assert seen[1].tolist() == [False, False, True, True], "those that fired in no step, not in the last alone"
 
 
 def test_what_is_read_are_batches(clock: Clock) -> None:
@@ -204,6 +332,34 @@ def test_pictures_are_drawn_of_what_was_logged(tmp_path: Path, monkeypatch: pyte
         == config.training.steps // config.training.log_frequency + 1
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_what_was_logged_is_read_as_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[Any] = []
+    monkeypatch.setattr(planned_time, "pictures_after", lambda folder: lines.append(drawn(folder)))
+
+    def drawn(folder: Path) -> Any:
+        return json.loads(planned_time.read_run(folder).saes["sae"].metrics.read_text().splitlines()[0])
+
+    config = load_config({})
+    given = {"losses/overall_loss": float("nan"), "metrics/of": Histogram((1, 2), (0.0, 1.0, float("inf")))}
+    planned_time.timed_pictures(config, saekit.default_manager(), given)
+    assert lines[0]["losses/overall_loss"] is None
+    assert lines[0]["metrics/of"] == {"counts": [1, 2], "edges": [0.0, 1.0, None]}
+
+
+def test_pictures_that_cannot_be_drawn_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(planned_time.tempfile, "tempdir", str(tmp_path / "gone"))
+    run: Any = SimpleNamespace(
+        config=load_config({}), plugins=saekit.default_manager(), logged={}, world=ALONE, warnings=[]
+    )
+    assert planned_duration.TimedRun._pictures(run) is None
+    assert run.warnings[0].startswith("pictures could not be timed: ")
+    times = Times(opening=8, filling=5, forwards=20, steps=30, step=3, evals=7, saving=2, pictures=None)
+    assert times.text("the model", messages=False, on="timed on 1 step").endswith(
+        "timed on 1 step; pictures not counted"
+    )
+    assert "picture_seconds" not in times.numbers()
 
 
 def test_a_process_is_as_old_as_it_is() -> None:

@@ -127,7 +127,7 @@ class LiveSource:
         return self._made
 
     @property
-    def forwards(self) -> SourceForwards:
+    def source_forwards(self) -> SourceForwards:
         """As the options have it."""
         config = self._config
         return SourceForwards(
@@ -138,6 +138,7 @@ class LiveSource:
             needed_line='activations.source.refill = "needed"',
             tokenizing=config.tokenize_processes,
             device=None if config.act_store_device == "with_model" else self._device,
+            dtype=config.dtype,
             contexts_option="activations.source.store_batch_size_prompts",
             buffered_option="activations.source.n_batches_in_buffer",
         )

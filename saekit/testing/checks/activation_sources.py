@@ -12,9 +12,10 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import HasMemory, KeepsRecipe, Pauses, SourceForwards, StatesForwards, StatesRows, StatesWidths
+from saekit.abilities import HasMemory, KeepsRecipe, Pauses, StatesForwards, StatesRows, StatesWidths
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
+from saekit.source_forwards import fault_of_forwards
 from saekit.testing.backend import FakeBackend
 from saekit.testing.checks.check import Checks, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_be_equal
@@ -329,10 +330,9 @@ def memory(subject: Subject) -> None:
 
 @CHECKS.add
 def forwards(subject: Subject) -> None:
-    """``forwards``, where it has it, is :class:`saekit.abilities.SourceForwards` of one context or more."""
+    """``source_forwards``, where it has it, is :class:`saekit.abilities.SourceForwards` of one context or more."""
     with _opened(subject) as source:
         if not isinstance(source, StatesForwards):
             raise NotTried("it states none")
-        stated = source.forwards
-        must(isinstance(stated, SourceForwards), f"forwards is {stated!r}, expected saekit.abilities.SourceForwards")
-        must(min(stated.contexts, stated.buffered) >= 1, f"forwards is {stated!r}, expected 1 or more contexts")
+        stated = source.source_forwards
+        must(not (fault := fault_of_forwards(stated)), f"source_forwards is {stated!r}, {fault}")

@@ -115,7 +115,7 @@ class Boasting(Numbers):
 
 class Unstated(Numbers):
     @property
-    def forwards(self) -> Any:
+    def source_forwards(self) -> Any:
         return {"contexts": 16}
 
 
@@ -194,7 +194,7 @@ CASES = cases(
         "model_lock": (r"its thread \['mine'\] runs the model without stream.model_lock", Unlocked),
         "close": (r"after close\(\) there is still the thread mine", Lasting),
         "widths": ("it states the width 100 of blocks.0.hook_resid_post, and gives rows of 8", Boasting),
-        "forwards": ("forwards is {'contexts': 16}, expected saekit.abilities.SourceForwards", Unstated),
+        "forwards": ("source_forwards is {'contexts': 16}, expected saekit.abilities.SourceForwards", Unstated),
         "memory": ("memory_bytes is 'much', expected a whole number", Large),
     },
 ) + cases(

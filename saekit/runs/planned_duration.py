@@ -14,7 +14,7 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.activations import is_out_of_memory
 from saekit.devices import free_memory
 from saekit.distributed.world import World
-from saekit.errors import DataError, SaekitError
+from saekit.errors import ConfigError, DataError, SaekitError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
@@ -115,13 +115,15 @@ class TimedRun:
     def _tried(self, work: Callable[[], _T], *, refuses: bool = False) -> _T | None:
         """``work()``, or None where it fails: that is a warning, since the run has what the plan may not.
 
-        Where ``work`` ``refuses`` what the run would refuse, the error is raised.
+        A :class:`ConfigError` is raised, as of a step that cannot be compiled here, which the run would refuse as well;
+        where ``work`` ``refuses`` what the run would refuse, so is every other error of saekit's.
         """
         try:
             return work()
         except Exception as error:  # plugins raise what they like
             self._full = is_out_of_memory(error)
-            if refuses and isinstance(error, SaekitError) and not self._full:
+            refused = isinstance(error, ConfigError) or (refuses and isinstance(error, SaekitError))
+            if refused and not self._full:
                 raise
             why = "ran out of memory" if self._full else reason(error)
         self.facts["duration"] = f"not measured: {why}"

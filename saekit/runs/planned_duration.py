@@ -223,7 +223,8 @@ class TimedRun:
                 schedule,
                 world=self.world.column,
             )
-            assert (batch := first.batch) is not None
+            batch = first.batch
+            assert batch is not None
             give_weights(trainer, config, self.corpus, lambda: batch.activations, self.start)
         self.facts["SAE step"] = trainer.step_path()
         return trainer, clock.seconds

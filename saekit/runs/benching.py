@@ -49,6 +49,7 @@ _NEEDED = _CALLS * (1 + _STEP + 3 * _USE) + _PLAIN  # by an architecture, in pro
 _A_ROW = 30  # calls that tell how fast products are
 _RATE = 1e-7  # of learning: so that what is active stays active
 _HALVINGS = 24  # until as many features are active
+_NEVER = 1 << 62  # steps
 _FEW = 32  # rows on which these are counted again and again
 _SHARE = 0.85  # of the time that is given: what may be foreseen to be needed
 
@@ -265,7 +266,7 @@ def resting_trainer(
         name="bench", sae=sae, sites=Sites.one(Site()), optimizer=optimizer, device=device,
         training=training or TrainingConfig(training_tokens=10**10, log_frequency=10**6),
         generator=torch.Generator(device).manual_seed(0),
-        firing=FiringStatistics(sae.d_sae, dead_after=1000, window=2000, device=device),
+        firing=FiringStatistics(sae.d_sae, dead_after=_NEVER, window=_NEVER, device=device),
     )  # fmt: skip
 
 

@@ -185,7 +185,8 @@ def main() -> None:
     parser.add_argument("--contexts", type=int, default=2048, help="contexts of 128 rows of 2 kB")
     quick = (options := parser.parse_args()).quick
     contexts, rounds = (128, 1) if quick else (options.contexts, 3)
-    with tempfile.TemporaryDirectory(prefix=".saekit-bench-", dir=Path.cwd()) as folder:  # a temporary disk is no disk
+    disk = os.environ.get(figures.DISK, Path.cwd())  # one in memory is no disk
+    with tempfile.TemporaryDirectory(prefix=".saekit-bench-", dir=disk) as folder:
         print("looking at the files before each batch:")
         for shards, size in ((4, 64), (64, 64)) if quick else ((4, 1024), (64, 64), (2000, 16)):
             looking(Path(folder) / "look", shards, size, 5 if quick else 41)

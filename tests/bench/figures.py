@@ -15,9 +15,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-__all__ = ["ENDS", "FOLDER", "Figure", "cut", "late", "missing", "row", "spread"]
+__all__ = ["DISK", "ENDS", "FOLDER", "Figure", "cut", "late", "missing", "row", "spread"]
 
-FOLDER, ENDS = "SAEKIT_BENCH_FIGURES", "SAEKIT_BENCH_ENDS"
+FOLDER, ENDS, DISK = "SAEKIT_BENCH_FIGURES", "SAEKIT_BENCH_ENDS", "SAEKIT_BENCH_DISK"
 Figure: TypeAlias = "float | str | list[float]"
 """A number, words, or the median, the least and the largest of several numbers."""
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
-from figures import ENDS, FOLDER
+from figures import DISK, ENDS, FOLDER
 from pages import Measured, write_pages
 
 HERE = Path(__file__).parent
@@ -77,17 +77,19 @@ BENCHES = (
     Bench("plan_truth", (Part("--quick", 220),), peers=False),
     Bench("jitter", (Part("--only cached", 95), Part("--only live --steps 500", 40)), peers=False),
     Bench("processes", (Part("--rounds 2 --only topk", 60),), peers=False),
-    Bench("startup", (Part("--runs 4 --few", 30),)),
-    Bench("gaps", (Part("demo training.training_tokens=100_000 training.lr_decay_steps=10", 40),)),
-    Bench("evals", (Part("--contexts 16 --rounds 1", 60),)),
-    Bench("live", (Part("--only forward peer --rounds 4 --peer-buffer 24", 40),)),
-    Bench("cached", (Part("--contexts 512", 35),)),
-    Bench("memory", (Part("--only peak", 20),)),
-    Bench("load", (Part("--gigabytes 0.5 --rounds 3 --only saekit", 35),)),
-    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 2", 30),)),
-    Bench("splice", (Part("--only HookedTransformer --rounds 2 --forwards 2", 25),)),
-    Bench("growth", (Part("--widths 4096 32768 --batches --rounds 1", 35),)),
-    Bench("tokenizing", (Part("--processes 1 --model 0 --contexts 1024 --rounds 1", 15),)),
+    Bench("startup", (Part("--runs 4 --few", 25),)),
+    Bench(
+        "gaps", (Part("demo training.training_tokens=100_000 training.lr_decay_steps=9 sae.l1_warm_up_steps=9", 40),)
+    ),
+    Bench("evals", (Part("--contexts 16 --rounds 1", 55),)),
+    Bench("live", (Part("--only forward peer --rounds 2 --peer-buffer 8", 50),)),
+    Bench("cached", (Part("--contexts 256", 35),)),
+    Bench("memory", (Part("--only peak", 25),)),
+    Bench("load", (Part("--gigabytes 0.25 --rounds 2 --only saekit", 35),)),
+    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 1", 30),)),
+    Bench("splice", (Part("--only HookedTransformer --rounds 1 --forwards 2", 25),)),
+    Bench("growth", (Part("--widths 4096 --batches --rounds 1", 35),)),
+    Bench("tokenizing", (Part("--processes 1 --model 0 --contexts 1024 --rounds 1", 10),)),
     Bench("shuffle", (Part("", 10),)),
     Bench("features", (Part("--tokens 50_000", 25),), peers=False),
 )
@@ -125,13 +127,16 @@ def run(bench: Bench, python: str, folder: Path, budget: Budget) -> str | None:
 def _run(name: str, part: Part, python: str, folder: Path, limit: float) -> str | None:
     scratch = folder / "scratch"  # where one that is ended may leave something
     scratch.mkdir(exist_ok=True)
+    disk = Path(tempfile.mkdtemp(prefix=".saekit-bench-", dir=Path.cwd()))  # one in memory is no disk
     environment = os.environ | {
-        FOLDER: str(folder), ENDS: str(time.time() + _SOFT * limit), "TMPDIR": str(scratch), "PYTHONUNBUFFERED": "1",
+        DISK: str(disk), FOLDER: str(folder), ENDS: str(time.time() + _SOFT * limit), "TMPDIR": str(scratch),
+        "PYTHONUNBUFFERED": "1",
     }  # fmt: skip
     command = [python, "-W", "ignore", str(HERE / f"{name}.py"), *shlex.split(part.arguments)]
     try:
         process = subprocess.Popen(command, env=environment, start_new_session=True)
     except OSError as error:
+        disk.rmdir()
         return f"could not be started: {error}"
     try:
         code = process.wait(timeout=limit)
@@ -142,6 +147,7 @@ def _run(name: str, part: Part, python: str, folder: Path, limit: float) -> str 
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(disk, ignore_errors=True)
     return f"ended with exit code {code}" if code else None
 
 
@@ -209,6 +215,8 @@ def main() -> None:
         f"{asked.minutes:g} at most",
         flush=True,
     )
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # as by who runs it, or with its terminal: no bench outlives it
+        signal.signal(ended, lambda number, _: sys.exit(128 + number))
     measured, began, wrong = Measured.of(asked.docs, machine), time.perf_counter(), {}
     try:
         wrong = all_of(benches, asked.peers or sys.executable, measured, 60 * asked.minutes)

@@ -143,6 +143,8 @@ class Job:
     def state_bytes(self, mesh: Mesh) -> float:
         """Parameters, gradients, the optimizer's moments and firing counts of one process."""
         numbers = 2 * self.parameters(mesh) + self.moments * self.updated(mesh)
+        if self.gives_rows(mesh):  # of others' features, gradients have a place, of which no page is ever touched
+            numbers -= (1 - 1 / mesh.data) * self.d_sae / mesh.features * (self.d_in + self.d_out)
         return numbers * self.itemsize + 2 * _LONG * self.d_sae / mesh.features
 
     def updated(self, mesh: Mesh) -> float:
@@ -188,7 +190,7 @@ class Job:
         else:
             alone = {}
         # What others send of a gradient is received in the memory of a chunk's features.
-        parts = self.updated(mesh) < self.parameters(mesh)
+        parts = self.updated(mesh) < self.parameters(mesh) and not self.gives_rows(mesh)
         received = (1 - 1 / mesh.data) * self.itemsize * own * max(self.d_in, self.d_out) if parts else 0
         chunk = min(rows, _CHUNK) * own
         if self.screened is None or rows <= _PROBE:

@@ -62,6 +62,7 @@ class ForwardStage:
         self._stream, self._contexts, self._deadline = stream, source.contexts, deadline
         dtype = None if source.dtype is None else getattr(torch, source.dtype)
         self._model = ActivationStream(stream, source.contexts, device=source.device, dtype=dtype)
+        stream.contexts.on_repeat = None  # how often the text is read, the plan has said of all of it
 
     def __iter__(self) -> Iterator[Batch]:
         return self

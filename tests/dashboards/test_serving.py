@@ -273,9 +273,11 @@ def test_what_is_said_of_a_fault_has_the_same_headers(
     assert answer.headers["x-content-type-options"] == "nosniff"
 
 
-def test_the_store_that_is_measured_is_one(tmp_path: Path) -> None:
+def test_the_store_that_is_measured_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark's own, with few features."""
-    make = runpy.run_path(str(Path(__file__).parents[1] / "bench" / "dashboard_server.py"))["make"]
+    bench = Path(__file__).parents[1] / "bench"
+    monkeypatch.syspath_prepend(str(bench))  # where scripts find what they share
+    make = runpy.run_path(str(bench / "dashboard_server.py"))["make"]
     make(tmp_path, 8, 4, 50)
     served = Served(store=saekit.FeatureStore.open(tmp_path, verify=True))
     assert b"made" in served.page

@@ -18,12 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
+__all__ = ["LARGE", "SHARED", "Workspace", "Workspaces", "uninitialized", "zeros"]
 
 _NUMPY_FROM = 1 << 22  # bytes: NumPy asks for large pages from here on
 _KEPT = 1 << 30  # bytes: results larger than this go back to the system at once
 _ALIGNED = 64  # bytes, a line of the cache; NumPy's large memory begins 16 bytes after one
-_LARGE = 1 << 20  # numbers: smaller tensors come from memory that is used again anyway
+LARGE = 1 << 20
+"""Numbers of a gradient whose memory is kept for the next one; that of smaller ones is used again anyway."""
 _SPARES = 2  # of one shape: those of W_enc and W_dec
 
 _Bytes: TypeAlias = "np.ndarray[Any, np.dtype[np.uint8]]"
@@ -102,7 +103,7 @@ class Workspace:
     def recycle(self, gradients: Iterable[Tensor | None]) -> None:
         """Keep the memory of ``gradients``, which nobody uses any more, for those of the next step."""
         for gradient in gradients:
-            if gradient is None or gradient.device.type != "cpu" or gradient.numel() < _LARGE or gradient.dim() != 2:
+            if gradient is None or gradient.device.type != "cpu" or gradient.numel() < LARGE or gradient.dim() != 2:
                 continue
             rows = gradient if gradient.is_contiguous() else gradient.T
             spares = self._spare.setdefault((rows.shape, rows.dtype), [])

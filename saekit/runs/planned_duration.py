@@ -222,7 +222,7 @@ class TimedRun:
                 self.ports,
                 schedule,
                 world=self.world.column,
-            )
+            ).in_turns(self.stream.model_lock)  # as in a run, where forwards and steps of another precision take turns
             batch = first.batch
             assert batch is not None
             give_weights(trainer, config, self.corpus, lambda: batch.activations, self.start)

@@ -13,7 +13,7 @@ from saekit.abilities import Elementwise, GuardedOptimizer, HasMoments
 from saekit.devices import at_hand
 from saekit.distributed.group import Group
 from saekit.errors import ConfigError, PluginFailedError, StorageError
-from saekit.kernels.workspace import SHARED
+from saekit.kernels.workspace import LARGE, SHARED
 from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
 from saekit.training.shown import Shown
@@ -127,7 +127,9 @@ class ScheduledOptimizer:
                 shown.spread()
         for shown in self._shown:
             shown.own.grad = None
-        SHARED.recycle(memory)
+        if large := [gradient for gradient in memory if gradient is not None and gradient.numel() >= LARGE]:
+            kept = {tensor.untyped_storage().data_ptr() for tensor in _tensors(getattr(self._inner, "__dict__", {}))}
+            SHARED.recycle(gradient for gradient in large if gradient.untyped_storage().data_ptr() not in kept)
         return norm
 
     def _total_norm(self) -> Tensor:
@@ -276,6 +278,20 @@ class ScheduledOptimizer:
                     raise StorageError(
                         f"the saved {moment} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
                     )
+
+
+def _tensors(value: object, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Those in ``value``, in whatever optimizers, dictionaries, lists and tuples."""
+    seen = set() if seen is None else seen
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, torch.optim.Optimizer):
+            value = vars(value)
+        if isinstance(value, (Mapping, list, tuple)):
+            for each in value.values() if isinstance(value, Mapping) else value:
+                yield from _tensors(each, seen)
 
 
 def _is_like(value: object, parameter: Tensor) -> bool:

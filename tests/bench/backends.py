@@ -23,32 +23,57 @@ TOKENS = 2048  # in one forward
 UNPROCESSED = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
 
 
+SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
+
+
+def gpt2_folder(folder: str, width: int, context: int, *, layers: int = LAYERS, heads: int | None = None) -> None:
+    """Write an untrained GPT-2 there, with heads of 64 unless told how many."""
+    import transformers
+
+    heads = heads or max(width // 64, 2)
+    shape: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": context}
+    model_folder(folder, transformers.GPT2Config(**shape | SPECIAL))
+
+
+def model_folder(folder: str, config: Any) -> None:
+    """Write an untrained model there, with the embedded model's tokenizer."""
+    import transformers
+    from saekit_plugins.backends.hooked_transformer import EMBEDDED
+
+    torch.manual_seed(0)
+    library: Any = transformers.AutoModelForCausalLM
+    library.from_config(config).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(EMBEDDED["saekit/tiny-python"]).save_pretrained(folder)
+
+
+def as_hooked_transformer(folder: str) -> Any:
+    """The backend of the model in ``folder``, with its weights as they are."""
+    from saekit_plugins.backends.hooked_transformer import HookedTransformerOptions
+
+    return backend(folder, HookedTransformerOptions(from_pretrained_kwargs=UNPROCESSED))
+
+
+def backend(folder: str, options: Any) -> Any:
+    model = ModelConfig(name=folder, device="cpu")
+    return saekit.default_manager().build("model_backends", options, model=model, loaded=None)
+
+
 def backends(family: str, width: int, context: int) -> dict[str, Any]:
     """Both, of one folder of an untrained model with heads of 64."""
     import transformers
-    from saekit_plugins.backends.hooked_transformer import EMBEDDED, HookedTransformerOptions
 
-    special: dict[str, Any] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
-    heads = max(width // 64, 2)
-    if family == "gpt2":
-        shape = {"n_embd": width, "n_layer": LAYERS, "n_head": heads, "n_positions": context}
-        config: Any = transformers.GPT2Config(**shape | special)
-    else:
-        shape = {"hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": heads,
-                 "intermediate_size": 4 * width, "max_position_embeddings": context}  # fmt: skip
-        config = transformers.AutoConfig.for_model({"neox": "gpt_neox"}.get(family, family), **shape | special)
-    torch.manual_seed(0)
-    library: Any = transformers.AutoModelForCausalLM
-    options = {
-        "AutoModelForCausalLM": "AutoModelForCausalLM",
-        "HookedTransformer": HookedTransformerOptions(from_pretrained_kwargs=UNPROCESSED),
-    }
     with tempfile.TemporaryDirectory() as folder:
-        library.from_config(config).save_pretrained(folder)
-        transformers.AutoTokenizer.from_pretrained(EMBEDDED["saekit/tiny-python"]).save_pretrained(folder)
-        model, plugins = ModelConfig(name=folder, device="cpu"), saekit.default_manager()
-        return {key: plugins.build("model_backends", chosen, model=model, loaded=None)
-                for key, chosen in options.items()}  # fmt: skip
+        if family == "gpt2":
+            gpt2_folder(folder, width, context)
+        else:
+            shape = {"hidden_size": width, "num_hidden_layers": LAYERS, "num_attention_heads": max(width // 64, 2),
+                     "intermediate_size": 4 * width, "max_position_embeddings": context}  # fmt: skip
+            kind = {"neox": "gpt_neox"}.get(family, family)
+            model_folder(folder, transformers.AutoConfig.for_model(kind, **shape | SPECIAL))
+        return {
+            "AutoModelForCausalLM": backend(folder, "AutoModelForCausalLM"),
+            "HookedTransformer": as_hooked_transformer(folder),
+        }
 
 
 def forward_case(backend: Any, tokens: torch.Tensor, forwards: int) -> Case:

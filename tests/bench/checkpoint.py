@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from common import language_model, random_contexts, settings
-from figures import cut, late, row, spread
+from figures import DISK, cut, late, row, spread
 
 import saekit
 from saekit.runs.interruption import Interruption
@@ -75,7 +75,7 @@ def main() -> None:
     (lane,) = session.lanes
     (trainer,) = lane.trainers
     site = config.site
-    folder = Path(tempfile.mkdtemp(dir=options.folder))
+    folder = Path(tempfile.mkdtemp(dir=options.folder or os.environ.get(DISK)))
     try:
         saving = Saving(session, folder, {"sae": Trackers({})}, Interruption())
         behind, saves, copies, writes, sizes = [], [], [], [], []

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import WORKERS
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -123,6 +124,7 @@ def _sae_lens_3(weights: Weights, x: Tensor) -> Step:
         assert worker.stdout is not None
         if not worker.stdout.readline().startswith("ready 3.0.0"):
             raise SystemExit(f"{_SAE_LENS_3} cannot run the step of sae-lens 3.0.0")
+    WORKERS.append(worker.pid)
     stdin, stdout = worker.stdin, worker.stdout
 
     def step() -> None:

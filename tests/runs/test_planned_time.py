@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from saekit.runs.planned_memory import Memory, Need, Of
 from saekit.runs.planned_time import Served, Times, evals_of, ran_ahead, timed_writing
 from saekit.runs.staging import Staging
 from saekit.runs.working_memory import resident, resident_peak
+from saekit.training.trainer import SAETrainer
 
 
 @pytest.mark.parametrize("refill", ["full", "needed"])
@@ -65,6 +67,25 @@ def test_a_plan_says_how_forwards_are_spared(tmp_path: Path) -> None:
     config["activations"]["source"]["refill"] = "needed"
     spared = saekit.plan(config)
     assert (spared.numbers["forwards"], spared.facts["forwards"]) == (4, "4 of 256 activations")
+
+
+def test_rehearsed_steps_take_turns_with_forwards_as_those_of_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+    train_on = SAETrainer.train_on
+
+    def looked(trainer: SAETrainer, *args: Any, **kwargs: Any) -> Any:
+        held.append(trainer.turns)
+        return train_on(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(SAETrainer, "train_on", looked)
+    config = run_config(tmp_path, training={"training_tokens": 2048, "matmul_precision": "medium"}, evals={"run": []})
+    saekit.plan(config)
+    planned = set(map(type, held))
+    held.clear()
+    saekit.train(config)
+    assert planned == set(map(type, held)) != {nullcontext}
 
 
 def test_what_a_thread_makes_takes_from_the_steps_as_much() -> None:

@@ -23,6 +23,7 @@ import saekit
 from saekit.config import OptimizerConfig, TrainConfig
 from saekit.config.files import dump_config, load_config
 from saekit.errors import ConfigError, PluginFailedError, StorageError
+from saekit.kernels.workspace import SHARED
 from saekit.sae import Parameter, init
 from saekit.testing import fake_plugin
 from saekit.training.optimizer import ScheduledOptimizer
@@ -102,6 +103,35 @@ def test_adam_is_guarded_where_it_is_fused_and_signum_never() -> None:
     assert adam_for(weights().items(), lambda step: 0.1)._guarded is not None
     assert adam_for(weights(torch.float64).items(), lambda step: 0.1)._guarded is None
     assert optimizer_for(weights().items(), SignumConfig(), lambda step: 0.1)._guarded is None
+
+
+class Differing(torch.optim.SGD):
+    """Goes by what the gradient has become since the step before, which it keeps as it is."""
+
+    def __init__(self, groups: list[dict[str, Any]], lr: float, *, beside: bool) -> None:
+        super().__init__(groups, lr=lr)
+        self.before: dict[str, Any] = {}
+        self.beside = beside
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for number, p in enumerate(self.param_groups[0]["params"]):
+            kept = self.before.setdefault(str(number), {}) if self.beside else self.state[p]
+            p.sub_(p.grad - kept.get("before", 0), alpha=self.param_groups[0]["lr"])
+            kept["before"] = p.grad.view(-1).view_as(p) if p.grad.is_contiguous() else p.grad
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_the_memory_of_a_gradient_that_an_optimizer_keeps_is_left_alone(beside: bool) -> None:
+    parameter = nn.Parameter(torch.zeros(1024, 1024))  # of small ones, it is not used again anyway
+    optimizer = ScheduledOptimizer(
+        [("W", parameter)], functools.partial(Differing, beside=beside), lambda step: 1.0, clip=0
+    )
+    for step, value in enumerate((1.0, 3.0, 2.0)):
+        with SHARED.lent() as workspace:  # as a step's kernels do
+            parameter.grad = workspace.gradient_for(parameter.detach()).fill_(value)
+        optimizer.step(step)
+    assert torch.all(parameter == -2), "1, then 3 - 1, then 2 - 3"
 
 
 # ---- what is saved

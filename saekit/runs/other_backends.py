@@ -121,15 +121,16 @@ def _compared(
     differ = "" if alike else "; what they hold there is not the same"
     return (
         f"{name} {speed} (hooks {', '.join(dict.fromkeys(hooks.values()))}{differ}; a second copy of the model, "
-        f"{bytes_text(size)}, was loaded to see)" + (_lines(name, hooks) if alike and faster.pays else "")
+        f"{bytes_text(size)}, was loaded to see)" + (_lines(name, hooks, alike) if faster.pays else "")
     )
 
 
-def _lines(name: str, hooks: Mapping[Site, str]) -> str:
+def _lines(name: str, hooks: Mapping[Site, str], alike: bool) -> str:
     """What to write for it, where that is short."""
+    write = ": write" if alike else ": for SAEs of those write"
     if len(hooks) > 1:
-        return f": write model.backend={name}, and its hooks"
-    return f": write model.backend={name} and site.hook_name={next(iter(hooks.values()))}"
+        return f"{write} model.backend={name}, and its hooks"
+    return f"{write} model.backend={name} and site.hook_name={next(iter(hooks.values()))}"
 
 
 def _same(own: Mapping[Site, Tensor], others: Mapping[Site, Tensor]) -> bool:

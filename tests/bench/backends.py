@@ -26,12 +26,15 @@ UNPROCESSED = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembe
 SPECIAL = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0}
 
 
-def gpt2_folder(folder: str, width: int, context: int, *, layers: int = LAYERS, heads: int | None = None) -> None:
+def gpt2_folder(
+    folder: str, width: int, context: int, *, layers: int = LAYERS, heads: int | None = None, gelu: str = "gelu_new"
+) -> None:
     """Write an untrained GPT-2 there, with heads of 64 unless told how many."""
     import transformers
 
     heads = heads or max(width // 64, 2)
-    shape: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": context}
+    shape: dict[str, Any] = {"n_embd": width, "n_layer": layers, "n_head": heads, "n_positions": context,
+                             "activation_function": gelu}  # fmt: skip
     model_folder(folder, transformers.GPT2Config(**shape | SPECIAL))
 
 

@@ -2,12 +2,12 @@
 
     python tests/bench/end_to_end.py [--only runs parts] [--shape topk-512 standard-128] [--tokens 262144] [--rounds 3]
 
-An untrained GPT-2, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of width 512, TopK SAEs of 4096
-features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and batches, and are compared with
-four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024 features.  Both libraries are
-given the same HookedTransformer; "as advised" has the lines that `saekit plan` writes for such a run: it reads the same
-weights by AutoModelForCausalLM, and forwards nothing that is not trained on.  ``parts`` are what one run's processor
-time goes to: see ``parts.py``.
+An untrained GPT-2 whose GELU is one of torch's, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of
+width 512, TopK SAEs of 4096 features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and
+batches, and are compared with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024
+features.  Both libraries are given the same HookedTransformer; "as advised" has the lines that `saekit plan` writes for
+such a run: it reads the same weights by AutoModelForCausalLM, and forwards nothing that is not trained on.  ``parts``
+are what one run's processor time goes to: see ``parts.py``.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def measure(shape: Shape, tokens: int, rounds: int) -> None:
     from datasets import Dataset
 
     with tempfile.TemporaryDirectory() as weights:
-        gpt2_folder(weights, shape.d_model, CONTEXT, layers=shape.layers, heads=shape.n_heads)
+        gpt2_folder(weights, shape.d_model, CONTEXT, layers=shape.layers, heads=shape.n_heads, gelu="gelu")
         model, records = as_hooked_transformer(weights).model, random_contexts(4096)
         name = f"sae-lens {version('sae-lens')}"
         cases = {name: peer(shape, model, Dataset.from_list(records), tokens)} if PEER else {}

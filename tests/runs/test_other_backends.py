@@ -52,6 +52,8 @@ def test_that_activations_differ_is_said(tmp_path: Path) -> None:
     needs_transformer_lens_3()
     text = told(tmp_path, causal_lm_folder("gpt2"), "AutoModelForCausalLM", "transformer.h.1")
     assert "(hooks blocks.1.hook_resid_post; what they hold there is not the same; a second copy" in str(text)
+    advice = ": for SAEs of those write model.backend=HookedTransformer and site.hook_name=blocks.1.hook_resid_post"
+    assert str(text).endswith(advice) == ("faster here" in str(text))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise",
-    "EndsWithTraining", "ExposedPoint", "ExposesHooks", "GuardedOptimizer", "HasMemory", "HasModel", "HasMoments",
-    "HasOtherNames", "HasTokenizer", "KeepsRecipe", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
+    "EndsWithTraining", "ExposedPoint", "ExposesHooks", "ForwardsOtherwise", "GuardedOptimizer",
+    "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer", "KeepsRecipe",
+    "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
     "OnTokens", "Pauses", "Remarks", "RunsUndisturbed", "SharesContexts", "SharesRows", "SourceForwards",
     "SparseActivation", "StartsInside", "StatesForwards", "StatesProcessing", "StatesRows", "StatesWidths",
     "TakesCheckpoints", "TakesStates",
@@ -187,6 +188,14 @@ class StatesProcessing(Protocol):
         ``hook_name``: of what makes a difference for what this hook holds, no more.  ``about``, the metadata of an SAE:
         of the model that it was trained on, in the place of this one.
         """
+
+
+@runtime_checkable
+class ForwardsOtherwise(Protocol):
+    """A model backend with other ways to the same numbers, which round otherwise; `saekit plan` times them."""
+
+    def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
+        """By the line to write, such as ``model.backend.fused=true``, a context in which forwards go that way."""
 
 
 @runtime_checkable

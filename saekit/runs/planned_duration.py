@@ -18,7 +18,7 @@ from saekit.errors import ConfigError, DataError, SaekitError
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
-from saekit.runs.other_backends import told_of_others
+from saekit.runs.other_backends import told_of_other_forwards, told_of_others
 from saekit.runs.other_ways import SIZES_FACT, told_of_ways
 from saekit.runs.planned_mesh import in_step
 from saekit.runs.planned_sizes import Sizes
@@ -314,11 +314,13 @@ class TimedRun:
         return timed_writing(self.config.checkpoints.folder, written)
 
     def _others(self) -> None:
-        """Other backends of the same model, and other ways of this one."""
-        if self.alone:
-            tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
-            if found := told_of_others(self.config, self.plugins, self.backend, tokens):
-                self.facts["other backends"] = "; ".join(found)
+        """Other ways of this backend, and other backends of the same model."""
+        tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
+        with self.stream.model_lock:
+            if found := told_of_other_forwards(self.config, self.backend, tokens):
+                self.facts["other forwards"] = "; ".join(found)
+        if self.alone and (found := told_of_others(self.config, self.plugins, self.backend, tokens)):
+            self.facts["other backends"] = "; ".join(found)
         if self.measure:
             rows = self.stream.rows_per_context(self.corpus.context_size)
             most = 4 * max(self.counted.rows_per_forward() // rows, 1)

@@ -2,12 +2,11 @@
 
     python tests/bench/end_to_end.py [--only runs parts] [--shape topk-512 standard-128] [--tokens 262144] [--rounds 3]
 
-An untrained GPT-2 whose GELU is one of torch's, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of
-width 512, TopK SAEs of 4096 features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and
-batches, and are compared with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024
-features.  Both libraries are given the same HookedTransformer; "as advised" has the lines that `saekit plan` writes for
-such a run: it reads the same weights by AutoModelForCausalLM, and forwards nothing that is not trained on.  ``parts``
-are what one run's processor time goes to: see ``parts.py``.
+An untrained HookedTransformer, contexts of 128 tokens, batches of 4096.  ``topk-512``: 4 layers of width 512, TopK SAEs
+of 4096 features at ``blocks.2.hook_resid_post``; four that differ in ``k`` share forwards and batches, and are compared
+with four runs of the peer.  ``standard-128``: 2 layers of width 128, a standard SAE of 1024 features.  "As advised" are
+the lines that `saekit plan` writes for such a run: fused forwards, and none that training does not take.  ``parts`` are
+what one run's processor time goes to: see ``parts.py``.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from typing import Any
 import attrs
 import figures
 import parts
-from backends import as_hooked_transformer, gpt2_folder
-from common import BATCH, CONTEXT, PEER, Times, random_contexts, settings
+from common import BATCH, CONTEXT, PEER, Times, language_model, random_contexts, settings
 from peers import version
 
 import saekit
@@ -67,30 +65,20 @@ def own_config(shape: Shape, tokens: int, folder: str) -> dict[str, Any]:
     return config
 
 
-def advise(config: dict[str, Any], weights: str) -> None:
-    """Write into ``config`` what `saekit plan` says of the model in the folder ``weights``."""
-    block = config["site"]["hook_name"].split(".")[1]
-    config["model"] |= {"name": weights, "backend": "AutoModelForCausalLM"}
-    config["site"]["hook_name"] = f"transformer.h.{block}"
-    config["activations"]["source"]["refill"] = "needed"
-
-
 def own(
-    shape: Shape, model: Any, dataset: Any, tokens: int, *, saes: int = 1, advised: str | None = None
+    shape: Shape, model: Any, dataset: Any, tokens: int, *, saes: int = 1, advised: bool = False
 ) -> Callable[[], int]:
-    """A run of the ``model``, or of the one in the folder ``advised``."""
-
     def run() -> int:
         folder = tempfile.mkdtemp(prefix="saekit-bench-")
         config = own_config(shape, tokens, folder)
-        if advised is not None:
-            advise(config, advised)
-        passed = {"dataset": dataset} | ({"model": model} if advised is None else {})
+        if advised:
+            config["model"]["backend"] = {"name": "HookedTransformer", "fused": True}
+            config["activations"]["source"]["refill"] = "needed"
         if saes == 1:
-            saekit.train(config, **passed)
+            saekit.train(config, model=model, dataset=dataset)
         else:
             grid = saekit.grid(config, {"sae.k": [K - number for number in range(saes)]})
-            saekit.train(grid, **passed)
+            saekit.train(grid, model=model, dataset=dataset)
         shutil.rmtree(folder)
         return tokens
 
@@ -151,30 +139,23 @@ def measure(shape: Shape, tokens: int, rounds: int) -> None:
     """Print the figures of one shape."""
     from datasets import Dataset
 
-    with tempfile.TemporaryDirectory() as weights:
-        gpt2_folder(weights, shape.d_model, CONTEXT, layers=shape.layers, heads=shape.n_heads, gelu="gelu")
-        model, records = as_hooked_transformer(weights).model, random_contexts(4096)
-        name = f"sae-lens {version('sae-lens')}"
-        cases = {name: peer(shape, model, Dataset.from_list(records), tokens)} if PEER else {}
-        single = {"saekit": None, "saekit, as advised": weights}
-        several = {"saekit, four SAEs": None, "saekit, four SAEs, as advised": weights} if shape.four else {}
-        cases |= {title: own(shape, model, records, tokens, advised=where) for title, where in single.items()}
-        cases |= {title: own(shape, model, records, tokens, saes=4, advised=where) for title, where in several.items()}
-        times = Times(cases, rounds)
+    model, records = language_model(shape.layers, shape.d_model, shape.n_heads), random_contexts(4096)
+    name = f"sae-lens {version('sae-lens')}"
+    cases = {name: peer(shape, model, Dataset.from_list(records), tokens)} if PEER else {}
+    beside = {}
+    for saes in (1, 4) if shape.four else (1,):
+        for advised in (False, True):
+            case = "saekit" + ", four SAEs" * (saes == 4) + ", as advised" * advised
+            cases[case] = own(shape, model, records, tokens, saes=saes, advised=advised)
+            beside[case] = saes
+    times = Times(cases, rounds)
     title = f"{shape.title}, {tokens:,} tokens, from configuration to saved SAE"
     print(title)
     times.table("saekit", title)
-    if not PEER:
-        return
-    for one in single:
-        tell(title, one, name, times.ratio(name, one))
-    for one in several:
-        tell(title, one, f"four runs of {name}", 4 * times.ratio(name, one))
-
-
-def tell(title: str, case: str, beside: str, ratio: float) -> None:
-    figures.row(title, case, {f"{beside} / it": ratio})
-    print(f"  {beside} / {case} = {ratio:.2f}")
+    for case, runs in beside.items() if PEER else ():
+        peers, ratio = ("four runs of " if runs == 4 else "") + name, runs * times.ratio(name, case)
+        figures.row(title, case, {f"{peers} / it": ratio})
+        print(f"  {peers} / {case} = {ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -108,12 +108,12 @@ class CompiledParts:
             parts.append(module)
         else:
             parts += inner
-        return free and not _is_hooked(module, hooked), has_points or hasattr(type(module), "add_hook")
+        return free and not is_hooked(module, hooked), has_points or hasattr(type(module), "add_hook")
 
     def _forward(self, part: Module, hooked: Collection[int]) -> Callable[..., Any]:
         """What ``part`` runs instead of its forward."""
         compiled = self._compile(type(part).forward)
-        ends: dict[str, Any] = {name: point for name in _ends(part) if _is_hooked(point := part._modules[name], hooked)}
+        ends: dict[str, Any] = {name: point for name in _ends(part) if is_hooked(point := part._modules[name], hooked)}
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             self.calls += 1
@@ -177,7 +177,7 @@ def _ends(module: Module) -> tuple[str, ...]:
     return (_FIRST, _LAST) if (cls.__module__.partition(".")[0], cls.__name__) in _BLOCKS else ()
 
 
-def _is_hooked(module: Any, hooked: Collection[int]) -> bool:
+def is_hooked(module: Any, hooked: Collection[int]) -> bool:
     """Whether something happens when ``module`` is called that its class does not know of."""
     return bool(
         id(module) in hooked
@@ -186,7 +186,7 @@ def _is_hooked(module: Any, hooked: Collection[int]) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
         or "forward" in vars(module)
-        or ((points := _points(module)) and any(_is_hooked(point, hooked) for point in points.values()))
+        or ((points := _points(module)) and any(is_hooked(point, hooked) for point in points.values()))
     )
 
 

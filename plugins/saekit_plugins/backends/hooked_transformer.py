@@ -18,6 +18,7 @@ from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
 from saekit_plugins.backends.bridges import BridgeBackend
 from saekit_plugins.backends.compiled_parts import CompiledParts
+from saekit_plugins.backends.fused_parts import FusedParts
 from saekit_plugins.backends.hook_names import RESIDUAL, layout_of_architecture
 from saekit_plugins.backends.layered import checked_kwargs
 from saekit_plugins.backends.lens_hooks import begins, exposed
@@ -55,6 +56,9 @@ class HookedTransformerOptions:
     those about processing alone, and `revision`."""
     forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Passed to every forward of the model."""
+    fused: bool = False
+    """Run attention, norms and GPT-2's GELU by torch's fused functions where no hook is inside: the same but
+    for rounding, and faster. Not with `model.compile`, nor with transformer_lens 4."""
 
 
 class TransformerLensBackend(ModuleBackend, InsideBackend):
@@ -66,9 +70,18 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
     )
 
     def __init__(
-        self, model: Any, *, forward_kwargs: Mapping[str, Any], compile_mode: str | None = None, **known: Any
+        self,
+        model: Any,
+        *,
+        forward_kwargs: Mapping[str, Any],
+        compile_mode: str | None = None,
+        fused: bool | None = None,
+        **known: Any,
     ) -> None:
+        """``fused`` is None where there is no such option."""
         self._compiled = None if compile_mode is None else CompiledParts(model, compile_mode)
+        self._fused = FusedParts(model) if fused else None
+        self._may_be_fused = fused is False and self._compiled is None
         super().__init__(model, tokenizer=model.tokenizer, **known)
         self._forward_kwargs = dict(forward_kwargs)
 
@@ -145,14 +158,21 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
             else:
                 tokens = given
         runs = len(options.get("only_use_these_layers", "?")) > 0  # where no block does, nothing is compiled
-        compiled = self._compiled.except_at([name for name, _ in pairs]) if self._compiled and runs else nullcontext()
-        with compiled:
+        faster: AbstractContextManager[None] = nullcontext() if self._fused is None else self._fused.at_work()
+        if self._compiled is not None and runs:
+            faster = self._compiled.except_at([name for name, _ in pairs])
+        with faster:
             out: Tensor | None = self.model.run_with_hooks(
                 tokens, fwd_hooks=pairs, **{**checked_kwargs(self, self._forward_kwargs, self._accepted), **options}
             )
         if entry is not None and out is not None:
             hooks(entry, out)
         return out
+
+    def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
+        """See :class:`saekit.abilities.ForwardsOtherwise`."""
+        parts = FusedParts(self.model) if self._may_be_fused else ()
+        return {"model.backend.fused=true": parts.at_work} if isinstance(parts, FusedParts) and len(parts) else {}
 
     def begins(self, tell: Callable[[Tensor | None, int], Callable[[], None] | None]) -> AbstractContextManager[None]:
         embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's
@@ -246,6 +266,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
 
 def _precheck(config: HookedTransformerOptions, whole: TrainConfig | PretokenizeConfig) -> None:
     model_folder(whole.model.name, config.from_pretrained_kwargs)
+    _check_fused(config, whole.model)
     if not has_hooked_transformer():
         _check_for_bridge(config, whole.model)
 
@@ -253,6 +274,7 @@ def _precheck(config: HookedTransformerOptions, whole: TrainConfig | Pretokenize
 def _build(
     config: HookedTransformerOptions, *, model: ModelConfig, loaded: object | None
 ) -> TransformerLensBackend | BridgeBackend:
+    _check_fused(config, model)
     if loaded is None and not has_hooked_transformer():
         return _bridge(config, model)
     with warnings.catch_warnings():
@@ -262,7 +284,8 @@ def _build(
             _passed(loaded, config) if loaded is not None else load_model(model, config.from_pretrained_kwargs)
         )
     name = getattr(module.cfg, "model_name", None) if loaded is not None else model.name
-    return _around(module, config, model, name or "custom", compile_mode=model.compile_mode if model.compile else None)
+    mode = model.compile_mode if model.compile else None
+    return _around(module, config, model, name or "custom", compile_mode=mode, fused=config.fused)
 
 
 def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> TransformerLensBackend | BridgeBackend:
@@ -270,6 +293,13 @@ def _outline(config: HookedTransformerOptions, *, model: ModelConfig) -> Transfo
         return _bridge(config, model, outline=True)
     module = hooked_transformer_outline(model, config.from_pretrained_kwargs)
     return _around(module, config, model, model.name)
+
+
+def _check_fused(config: HookedTransformerOptions, model: ModelConfig) -> None:
+    if config.fused and model.compile:
+        raise ConfigError(
+            [("model.backend.fused", "and model.compile are two ways to the same: set one of them to false")]
+        )
 
 
 def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> None:
@@ -284,6 +314,8 @@ def _check_for_bridge(config: HookedTransformerOptions, model: ModelConfig) -> N
     ]  # fmt: skip
     if model.compile:
         problems.append(("model.compile", f"{here} no part can be compiled. {instead}"))
+    if config.fused:
+        problems.append(("model.backend.fused", f"{here} no part is fused. {instead}"))
     if problems:
         raise ConfigError(problems)
 
@@ -305,7 +337,13 @@ def _bridge(config: HookedTransformerOptions, model: ModelConfig, *, outline: bo
 
 
 def _around(
-    module: Any, config: HookedTransformerOptions, model: ModelConfig, name: str, compile_mode: str | None = None
+    module: Any,
+    config: HookedTransformerOptions,
+    model: ModelConfig,
+    name: str,
+    *,
+    compile_mode: str | None = None,
+    fused: bool | None = None,
 ) -> TransformerLensBackend:
     return TransformerLensBackend(
         module,
@@ -315,6 +353,7 @@ def _around(
         forward_kwargs=config.forward_kwargs,
         autocast=model.autocast,
         compile_mode=compile_mode,
+        fused=fused,
     )
 
 

@@ -6,7 +6,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from saekit.abilities import AttachesHooks, ExposesHooks, HasModel, StartsInside, StatesProcessing, TranslatesHooks
+from saekit.abilities import (
+    AttachesHooks,
+    ExposesHooks,
+    ForwardsOtherwise,
+    HasModel,
+    StartsInside,
+    StatesProcessing,
+    TranslatesHooks,
+)
 from saekit.errors import ModelError
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_agree, must_be_equal
@@ -232,3 +240,24 @@ def states_processing(subject: Subject) -> None:
         must(
             {*here} <= {*there}, f"of an SAE of this very model, processing({asked}) lacks {sorted({*here} - {*there})}"
         )
+
+
+@CHECKS.add
+def other_forwards(subject: Subject) -> None:
+    """Other ways of forwards, if it has any, give the same but for rounding, each under the option to write for it, and
+    leave the model as it was."""
+    tried = Tried.of(subject)
+    if not isinstance(backend := tried.backend, ForwardsOtherwise):
+        raise NotTried("it has one way of forwards")
+    before, expected = state_of(subject.model), tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
+    for line, way in backend.other_forwards().items():
+        option, _, value = line.partition("=")
+        must(option.startswith("model.") and bool(value), f"what to write is {line!r}, expected model.OPTION=VALUE")
+        with way():
+            found = tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
+        for name in tried.hooks:
+            must_agree(f"what {name!r} holds with {line}", found.held[name], expected.held[name], 1e-4)
+        must_agree(f"the loss with {line}", found.loss, expected.loss, 1e-4)
+        again = tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
+        must_be_equal(f"what is held after {line}", dict(again.held), dict(expected.held))
+    must_be_equal("of the model, after other ways", state_of(subject.model), before)

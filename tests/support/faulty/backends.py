@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import attrs
@@ -345,12 +345,42 @@ class Blind(Processed):
         return {} if about is not None else super().processing(hook_name)
 
 
+class Sidestepping(FakeBackend):
+    """Its other way comes to something else."""
+
+    factor = 1.01
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = 1.0
+
+    def forward(self, tokens: Tensor, hooks: Hooks) -> Tensor | None:
+        found = super().forward(tokens, hooks)
+        return None if found is None else found * self.scale
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.scale = self.factor
+        yield
+        self.scale = 1.0
+
+    def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
+        return {"model.backend.aside=true": self.aside}
+
+
+class Sidling(Sidestepping):
+    """Without a fault, likewise."""
+
+    factor = 1.000001
+
+
 CASES = cases(
     "model_backends",
     {
         "build": (r"which lacks hook_names\(\)", of(Unhooked)),
         "values": ("d_vocab is 0, expected a whole number above 0", of(NoSizes)),
         "early_stop": ("the forward goes on to 'blocks.1.hook_resid_post' after 'hook_embed'", of(Thorough)),
+        "other_forwards": ("the loss with model.backend.aside=true: off by", of(Sidestepping)),
         "activations": ("what 'hook_embed' holds, read alone,: off by", of(Looking)),
         "one_context": ("the loss of one context: off by", of(Crowded)),
         "loss": ("the loss: off by 1 of the largest number", of(Doubled)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -17,6 +17,7 @@ from saekit_plugins.architectures.jumprelu import JumpReLUConfig
 from saekit_plugins.architectures.matryoshka import MatryoshkaConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from saekit_plugins.architectures.topk.module import TopKKernel
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from saekit_plugins.optimizers.adam import AdamConfig
 from support.kernels import built, seeded
@@ -27,6 +28,7 @@ import saekit
 import saekit.devices
 from saekit.config import SAEConfig, TrainingConfig
 from saekit.kernels import SparseFeatures
+from saekit.kernels.outer import Outer
 from saekit.training.firing import FiringStatistics
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.training.trainer import SAETrainer
@@ -168,3 +170,45 @@ def test_a_batch_is_sent_from_pinned_memory_and_fetched_without_haste(monkeypatc
     assert saekit.devices.sent("cuda:0", pinned) is pinned
     assert saekit.devices.sent("cpu", rows) is rows
     assert asked == [("cuda", True), ("cuda", True), ("cpu", False)]
+
+
+class OwnFeatures(SparseFeatures):
+    """As those of a kernel that makes products in its own way."""
+
+    made: ClassVar[set[str]] = set()
+
+    def decoded(self, decoder: Tensor) -> Tensor:
+        self.made.add("decoded")
+        return super().decoded(decoder)
+
+    def inner_products(self, vectors: Tensor, weights: Tensor) -> Tensor:
+        self.made.add("inner products")
+        return super().inner_products(vectors, weights)
+
+    def add_outer_products(self, values: Tensor, vectors: Tensor, out: Tensor, *, replace: bool = False) -> None:
+        self.made.add("outer products")
+        super().add_outer_products(values, vectors, out, replace=replace)
+
+
+class OwnKernel(TopKKernel):
+    sparse = OwnFeatures
+
+
+@pytest.mark.parametrize("looked_at", [True, False])
+def test_products_of_auxk_are_those_of_the_kernel(looked_at: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not looked_at:
+        monkeypatch.setattr(saekit.devices, "AT_HAND", frozenset())
+    monkeypatch.setattr(OwnFeatures, "made", set())
+    sae: Any = built(REVIVING["topk"], d_in=12)
+    sae.step_kernels = (OwnKernel(),)  # what it finds itself is of the plain class
+    sae.training_step(
+        torch.randn(70, 12, generator=seeded(1)),
+        StepInput(step=0, generator=seeded(), dead=torch.arange(96) < 90),
+    )
+    assert OwnFeatures.made == {"decoded", "inner products", "outer products"}
+
+
+def test_joined_outer_products_are_those_of_the_kernel() -> None:
+    rows, features, values = torch.tensor([0, 1]), torch.tensor([2, 0]), torch.ones(2)
+    part = Outer(OwnFeatures(rows, features, values, 2, 3), values, torch.ones(2, 4), torch.ones(2, 4))
+    assert type(Outer.joined([part, part]).features) is OwnFeatures

@@ -20,13 +20,14 @@ from saekit_plugins.architectures.topk import TopKConfig
 from saekit_plugins.architectures.topk.module import TopKKernel
 from saekit_plugins.architectures.transcoder import TopKTranscoderConfig, TranscoderConfig
 from saekit_plugins.optimizers.adam import AdamConfig
+from saekit_plugins.optimizers.signum import SignumConfig
 from support.kernels import built, seeded
 from support.unwaited import Alike, Watch, WouldWaitError, as_gpu, moved
 from torch import Tensor
 
 import saekit
 import saekit.devices
-from saekit.config import SAEConfig, TrainingConfig
+from saekit.config import OptimizerConfig, SAEConfig, TrainingConfig
 from saekit.distributed.share import Share
 from saekit.distributed.world import ALONE, World
 from saekit.kernels import SparseFeatures
@@ -113,10 +114,16 @@ UNWAITED = [
 ]  # fmt: skip
 
 
-def trainer_on_meta(config: SAEConfig, world: World = ALONE, *, dead: bool = True) -> SAETrainer:
+def trainer_on_meta(
+    config: SAEConfig,
+    world: World = ALONE,
+    *,
+    dead: bool = True,
+    optimizer: OptimizerConfig = AdamConfig(beta1=0.9),  # noqa: B008
+) -> SAETrainer:
     sae = moved(built(config, d_in=12))
     plugins = saekit.default_manager()
-    build = functools.partial(plugins.build, "optimizers", AdamConfig(beta1=0.9))
+    build = functools.partial(plugins.build, "optimizers", optimizer)
     trainer = SAETrainer(
         name="one", sae=sae, sites=saekit.Sites.one(saekit.Site()), generator=torch.Generator(), device="meta",
         training=TrainingConfig(training_tokens=10**9, log_frequency=10**6, dead_feature_window=1),
@@ -142,6 +149,14 @@ def test_a_step_waits_for_nothing(config: SAEConfig, monkeypatch: pytest.MonkeyP
     with Watch() as watch:
         assert trainer.train_on(rows, target) == {}
     assert watch.sent == (1 if target is None else 2), "each batch once, and nothing else"
+
+
+def test_a_step_by_signum_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_gpu(monkeypatch)
+    trainer = trainer_on_meta(StandardConfig(d_sae=256), optimizer=SignumConfig(weight_decay=0.1))
+    with Watch() as watch:
+        assert trainer.train_on(torch.zeros(64, 12)) == {}
+    assert watch.sent == 1
 
 
 @pytest.mark.parametrize("dead", [True, False], ids=["dead", "none dead"])

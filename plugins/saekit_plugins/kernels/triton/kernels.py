@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -19,7 +19,7 @@ class _InTriton:
     """What the kernels of several architectures have in common."""
 
     name = "Triton kernels"
-    sparse = TritonFeatures
+    sparse: ClassVar[type[SparseFeatures]] = TritonFeatures
 
     def __init__(self, config: Any = None) -> None:
         """There are no options."""

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -178,3 +182,30 @@ def test_an_older_triton_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """That of torch 2.6 and 2.7 has no ``triton.knobs``."""
     monkeypatch.delattr(triton, "knobs", raising=False)
     assert kernels.TritonTopKKernel().devices == ({"cuda", "cpu"} if INTERPRETED else {"cuda"})
+
+
+COMPILE = """
+import triton, triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from saekit_plugins.kernels.triton import products
+
+types = dict.fromkeys(("features", "starts", "order", "rows"), "*i64")
+types |= dict.fromkeys(("values", "weights", "vectors", "out"), "*fp32")
+types |= dict.fromkeys(("entries", "n", "d_sae", "width"), "i32")
+for program in (products._decode, products._multiply, products._add_outer):
+    fixed = {"block": 512, "wide": tl.float32, "replace": True}
+    fixed = {name: value for name, value in fixed.items() if name in program.arg_names}
+    signature = {name: types.get(name, "constexpr") for name in program.arg_names}
+    source = ASTSource(program, signature, {(program.arg_names.index(name),): value for name, value in fixed.items()})
+    assert triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["cubin"]
+"""
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="they are compiled where they run")
+def test_programs_compile_without_a_gpu(tmp_path: Path) -> None:
+    """What the interpreter takes, the compiler may refuse."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

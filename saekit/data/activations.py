@@ -160,11 +160,13 @@ class ActivationStream:
 
     def _kept(self, values: Tensor) -> Tensor:
         """``values`` where and as they are handed out; an ordinary tensor, which training may use."""
-        kept = values.to(self._device or values.device, self._dtype)
-        if self._dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
+        kept = values if self._dtype is None else values.to(self._dtype)
+        rounded = self._dtype == torch.float16 != values.dtype
+        if rounded and kept.isinf().any() and not values.isinf().any():  # on a GPU, this is waited for
             raise DataError(
                 f"activations are as large as {values.abs().max():,.0f}, which float16 cannot hold: choose bfloat16"
             )
+        kept = kept if self._device is None else sent(self._device, kept)
         return kept.clone() if kept.is_inference() else kept
 
     def _halve(self, at_once: int, error: BaseException) -> None:

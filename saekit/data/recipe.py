@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from saekit.devices import sent
 from saekit.precision import current_precision
 from saekit.site import Site
 from saekit.values import Batch
@@ -64,7 +65,7 @@ class MadeBatch(Batch):
 
 
 def row_sums(activations: Mapping[Site, Tensor]) -> Tensor:
-    """``[n]`` int64 on the CPU: a checksum of the bits of each row, at all sites together.
+    """``[n]`` int64: a checksum of the bits of each row, at all sites together, on the device of those of the first.
 
     Words of 8 bytes (where a row has no whole number of them, single numbers) times odd numbers, added up modulo 2^64:
     a row with one other word has another.  Sums of sites after the first are stirred before they are added: odd numbers
@@ -73,8 +74,8 @@ def row_sums(activations: Mapping[Site, Tensor]) -> Tensor:
     whole: Tensor | None = None
     for number, rows in enumerate(activations.values()):
         words = _words(rows)
-        sums = (words * _odd_numbers(words.shape[1], number).to(words.device)).sum(1).cpu()
-        whole = sums if whole is None else whole + _stirred(sums)
+        sums = (words * sent(words.device, _odd_numbers(words.shape[1], number))).sum(1)
+        whole = sums if whole is None else whole + _stirred(sums).to(whole.device)
     assert whole is not None
     return whole
 
@@ -152,7 +153,10 @@ class RowRecipes:
         if not isinstance(batch, MadeBatch):
             self._forward[slots] = -1
             return
-        self._forward[slots], self._place[slots], self._sum[slots] = self._made, batch.places, batch.sums
+        self._forward[slots], self._place[slots] = self._made, batch.places
+        # Checksums stay where they were made: on a GPU, each forward would be waited for.
+        self._sum = sent(batch.sums.device, self._sum)
+        self._sum.index_copy_(0, sent(self._sum.device, slots), batch.sums)
         self._forwards[self._made] = batch.forward
         self._made += 1
 
@@ -175,7 +179,7 @@ class RowRecipes:
         index = torch.searchsorted(torch.tensor(left, dtype=torch.long), forward.clamp(min=0))
         before = torch.tensor([0, *(len(one.tokens) for one in inputs)]).cumsum(0)
         sums = torch.zeros(len(inputs), dtype=torch.long)
-        sums.index_add_(0, index[known], _of_forward(self._sum[slots], place)[known])
+        sums.index_add_(0, index[known], _of_forward(self._sum.cpu()[slots], place)[known])
         contexts = torch.where(known, before[index.clamp(max=len(inputs))] + place // size, -1)
         positions = torch.where(known, place % size, 0)
         return {
@@ -193,7 +197,7 @@ class RowRecipes:
         None: of no row it is known.
         """
         self._forward.fill_(-1)
-        self._forwards, self._made = {}, 0
+        self._forwards, self._made, self._sum = {}, 0, self._sum.cpu()
         if state is None:
             return
         recipe = _Recipe.of(state)
@@ -347,7 +351,7 @@ def with_rows(
             rows[site.name][one.rows] = values.to("cpu", rows[site.name].dtype)
         tokens, documents = one.input.tokens.flatten()[one.places], one.input.documents.flatten()[one.places]
         origins[one.rows] = torch.stack([tokens.long(), documents, one.places % one.input.tokens.shape[1]], 1)
-        sums[one.rows] = row_sums(made)
+        sums[one.rows] = row_sums(made).cpu()
         new_sums[number] = _of_forward(sums[one.rows], one.places).sum()
         if new_sums[number] != recipe.sums[number]:
             differing += len(one.rows)

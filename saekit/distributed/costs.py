@@ -204,7 +204,10 @@ class Job:
             kept["the rounded encoder"] = size * own * (self.d_in + more)
             # While a chunk is looked at, of every 32 the largest is there in float32, five times.
             looking = kept | {"bounds of a chunk": chunk * 5 * 4 / 32}
-        if self._competing == "all" and not alone:
+        if self._competing == "all" and not alone and self.on_gpu:
+            # As many as the whole batch has, since all may be own ones; and what they are compared by.
+            looking = kept | {"candidates": _ENTRY * min(self.k * self.rows, rows * own)}
+        elif self._competing == "all" and not alone:
             # Of the first rows that half which is above zero, by its places, shows what the batch's largest reach.
             looking = kept | {"features of the first rows": min(rows, _PROBE) * own * (2 + (16 + self.itemsize) / 2)}
         errors = {"errors": self.itemsize * self._group(mesh) * self.d_out}

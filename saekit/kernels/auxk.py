@@ -55,7 +55,7 @@ def add_auxk(
         pre = encoder.pre_activations(fast.centered[rows])
         pre = pre.relu_() if above_zero or not trains_encoder else pre
         if share.parts == 1:
-            features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder))
+            features, to_pre = _chosen(pre, k, scale, dense_above(part.encoder), fast.sparse)
         else:
             features, to_pre = _chosen_of_all(pre, k, scale, whole_dead, share)
         to_pre = _where_above_zero if above_zero else to_pre  # what was not chosen is zero, too
@@ -107,7 +107,8 @@ def add_fixed_auxk(
         rows = slice(start, min(start + CHUNK, len(target)))
         pre = encoder.pre_activations(fast.centered[rows])
         pre = pre.relu_() if above_zero or not trains_encoder else pre
-        features, to_pre = _chosen_of_dead(pre, alive, min(k, encoder.d_sae), scale, dense_above(part.encoder))
+        limit = dense_above(part.encoder)
+        features, to_pre = _chosen_of_dead(pre, alive, min(k, encoder.d_sae), scale, limit, fast.sparse)
         to_pre = _where_above_zero if above_zero else to_pre
         error = decoded(features, part.decoder).sub_(target[rows]).add_(output[rows])
         total += error.pow(2).sum(1).sum()
@@ -116,7 +117,7 @@ def add_fixed_auxk(
 
 
 def _chosen_of_dead(
-    pre: Tensor, alive: Tensor, k: int, scale: Tensor | None, limit: float
+    pre: Tensor, alive: Tensor, k: int, scale: Tensor | None, limit: float, sparse: type[SparseFeatures]
 ) -> tuple[Features, FeatureGradient]:
     """``k`` entries of each row of ``pre [n, d_sae]``: the largest that are not ``alive [d_sae]``, and zeros."""
     n, d_sae = pre.shape
@@ -126,7 +127,7 @@ def _chosen_of_dead(
     if k <= limit * d_sae:
         rows = torch.arange(n, device=pre.device).repeat_interleave(k, output_size=n * k)
         values = pre.gather(1, found.indices).where(there, 0)
-        return SparseFeatures(rows, found.indices.reshape(-1), values.reshape(-1), n, d_sae), _at_entries(there)
+        return sparse(rows, found.indices.reshape(-1), values.reshape(-1), n, d_sae), _at_entries(there)
     mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, found.indices, there)
     return pre.where(mask, 0), _where(mask)
 
@@ -138,7 +139,9 @@ def _at_entries(there: Tensor) -> FeatureGradient:
     return where_there
 
 
-def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Features, FeatureGradient]:
+def _chosen(
+    pre: Tensor, k: int, scale: Tensor | None, limit: float, sparse: type[SparseFeatures]
+) -> tuple[Features, FeatureGradient]:
     """The ``k`` largest of each row, whatever their sign, and where the gradient passes."""
     n, dead = pre.shape
     if dead <= k:
@@ -147,7 +150,7 @@ def _chosen(pre: Tensor, k: int, scale: Tensor | None, limit: float) -> tuple[Fe
     if k <= limit * dead:
         columns = columns.sort(dim=1).values
         rows = torch.arange(n, device=pre.device).repeat_interleave(k)
-        return SparseFeatures(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere
+        return sparse(rows, columns.reshape(-1), pre.gather(1, columns).reshape(-1), n, dead), _everywhere
     mask = torch.zeros_like(pre, dtype=torch.bool).scatter_(1, columns, True)
     return pre.mul_(mask), _where(mask)
 

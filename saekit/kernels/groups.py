@@ -71,10 +71,22 @@ def _top_of_all(
 
 def _among_all(found: SparseFeatures, k: int, share: Share) -> SparseFeatures:
     """Of own entries, the largest of each row, those that are among the ``k`` largest of all features."""
+    if not at_hand(found.values.device):  # as many of each row: see top_entries
+        return _those(found, share.among_largest(found.values.view(found.n, -1), k).reshape(-1))
     values, numbers = found.padded(k)
     keep = torch.zeros(len(found), dtype=torch.bool, device=values.device)
     keep[numbers[share.among_largest(values, k) & (values != -torch.inf)]] = True
     return found.kept(keep)
+
+
+def _those(candidates: SparseFeatures, among: Tensor) -> SparseFeatures:
+    """Of own ``candidates``, of which as many are there as there could be, those that are ``among [entries]`` the
+    largest of all processes, and not zero.
+
+    This waits for the device, once, to know how many they are: with zeros in the place of the others, every process
+    would make as many products as one that has all features or all rows.
+    """
+    return candidates.kept(among & ~(candidates.values <= 0))
 
 
 def batch_top(
@@ -92,8 +104,11 @@ def batch_top(
     ``screen`` is one without it.  Of equal ones at the threshold, the first are taken.  Where rows or features are
     split, ``share`` says how, and ``wanted`` are those of all; own ones are given.
     """
-    if not (at_hand(rows.device) or share.split):
-        return _unscaled(_all_at_once(encoder, rows, wanted, scale), scale)
+    if not at_hand(rows.device):
+        found = _as_many(encoder, rows, wanted, scale, CHUNK if share.split else max(len(rows), 1))
+        if share.split:
+            found = _those(found, share.largest_of_all(found.values, wanted))
+        return _unscaled(found, scale)
     found = _candidates(encoder, rows, wanted, scale, screen, share)
     if share.split:
         return found.kept(share.largest_of_all(found.scaled(scale).values, wanted))
@@ -150,13 +165,26 @@ def _largest(values: Tensor, wanted: int) -> Tensor:
     return keep
 
 
-def _all_at_once(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None) -> SparseFeatures:
-    """Without waiting for the device: ``wanted`` entries, or all, of which some may be zero."""
-    pre = encoder.pre_activations(rows, scale)
-    values, flat = pre.view(-1).topk(min(wanted, pre.numel()), sorted=False)
+def _as_many(encoder: Encoder, rows: Tensor, wanted: int, scale: Tensor | None, at_once: int) -> SparseFeatures:
+    """Without waiting for the device: ``wanted`` entries, or all, of which some may be zero; scaled.
+
+    So many rows are looked at ``at_once``.
+    """
+    values, flat = rows.new_empty(0), torch.empty(0, dtype=torch.int64, device=rows.device)
+    for start in range(0, len(rows), at_once):
+        pre = encoder.pre_activations(rows[start : start + at_once], scale).view(-1)
+        largest = pre.topk(min(wanted, pre.numel()), sorted=False)
+        if not start:
+            values, flat = largest
+            continue
+        values = torch.cat([values, largest.values])
+        flat = torch.cat([flat, largest.indices + start * encoder.d_sae])
+        values, best = values.topk(min(wanted, len(values)), sorted=False)
+        flat = flat.index_select(0, best)
     flat, order = flat.sort()
     places = torch.div(flat, encoder.d_sae, rounding_mode="floor")
-    return SparseFeatures(places, flat - places * encoder.d_sae, values[order].clamp_min(0), *pre.shape)
+    values = values.index_select(0, order).clamp_min(0)
+    return SparseFeatures(places, flat - places * encoder.d_sae, values, len(rows), encoder.d_sae)
 
 
 def _unscaled(found: SparseFeatures, scale: Tensor | None) -> SparseFeatures:

@@ -40,7 +40,8 @@ class Outer:
             return groups[0]
         pre = None if groups[0].pre is None else torch.cat([group.pre for group in groups if group.pre is not None])
         x, output = torch.cat([group.x for group in groups]), torch.cat([group.output for group in groups])
-        return cls(SparseFeatures.joined([group.features for group in groups]), pre, x, output)
+        features = [group.features for group in groups]
+        return cls(type(features[0]).joined(features), pre, x, output)
 
     def of_all(self, rows: Group, counts: Sequence[int], workspace: Workspace) -> Outer:
         """Of the rows of all of ``rows``, each of which has as many, and ``counts`` entries; of own features alone.
@@ -63,7 +64,7 @@ class Outer:
             at = at.index_select(0, mine).to(torch.int64)
             found.append((at[:, 0] + number * n, at[:, 1] - first, with_values.index_select(0, mine)))
         at_rows, features, of_both = (torch.cat(parts) for parts in zip(*found, strict=True))
-        own_features = SparseFeatures(at_rows, features, of_both[:, 0].contiguous(), n * rows.size, own)
+        own_features = type(f)(at_rows, features, of_both[:, 0].contiguous(), n * rows.size, own)
         return Outer(own_features, None if self.pre is None else of_both[:, 1].contiguous(), x, output)
 
 

@@ -12,6 +12,7 @@ from saekit.distributed.group import Group
 from saekit.distributed.share import Share
 from saekit.kernels.features import Features
 from saekit.kernels.gradients import FeatureGradient, Gradients, decoded_by_all
+from saekit.kernels.sparse import SparseFeatures
 from saekit.kernels.workspace import Workspace, uninitialized
 from saekit.values import StepOutput
 
@@ -61,6 +62,7 @@ class FastStep:
         *,
         target: Tensor | None = None,
         row_weights: Tensor | None = None,
+        sparse: type[SparseFeatures] = SparseFeatures,
     ) -> None:
         """On ``x [n, d_in]`` towards ``target [n, d_out]``, or ``x`` itself.
 
@@ -71,6 +73,8 @@ class FastStep:
         self._sae: Layer = sae
         self._weights, self._workspace = row_weights, workspace
         self._centers: bool = sae.config.apply_b_dec_to_input
+        self.sparse = sparse
+        """The class of sparse features that are found beside those of :meth:`add`, as those of AuxK."""
         self.target = x if target is None else target
         """``[n, d_out]``."""
         self.centered = x

@@ -84,7 +84,8 @@ def histogram(values: Tensor, bins: int = 64) -> Histogram:
 
 
 def window_metrics(fractions: Tensor) -> dict[str, float | Histogram]:
-    """The metrics of one firing window from ``fractions [d_sae]``."""
+    """The metrics of one firing window from ``fractions [d_sae]``, whose device is waited for once."""
+    fractions = fractions.cpu()
     logs = torch.log10(fractions + 1e-10)
     return {
         "plots/feature_density_line_chart": histogram(logs),

@@ -138,11 +138,10 @@ class ScheduledOptimizer:
         parted = any(shown.parted for shown in self._shown)
         if self._features.size == 1 and not parted:
             return nn.utils.get_total_norm([gradient for _, gradient in found])
+        kinds = ([gradient for kind, gradient in found if kind == parts] for parts in range(3))
+        # Of none, torch makes a zero on the CPU, for whose copy one would wait.
         alike, split, own = (
-            nn.utils.get_total_norm([gradient for kind, gradient in found if kind == parts])
-            .to(self._failed.device)
-            .square()
-            for parts in range(3)
+            nn.utils.get_total_norm(some).square() if some else torch.zeros_like(self._failed) for some in kinds
         )
         if parted:
             split = split + self._rows.sum(own)  # what is in parts is split

@@ -100,11 +100,14 @@ def of_whole_batch(
     # By their names, since one process may have put them together in another order.
     losses, metrics = ({name: given[name] for name in sorted(given)} for given in (result.losses, result.metrics))
     numbers = [_number(value, result.loss, wide) for value in (result.loss, *losses.values(), *metrics.values())]
-    named = torch.tensor(names, dtype=torch.float64, device=result.loss.device)
     own = [number * (rows / share.n(rows)) for number in numbers]
-    named, fired, *sums = share.rows.sums([named, result.fired, *small, *own])
-    if agreed is None and look and int(named) != names * share.rows.size:
-        check_names(share, result, sae)
+    asked = [_scalar(names, result.loss)] if agreed is None else []
+    sums = share.rows.sums([*asked, result.fired, *small, *own])
+    if asked:
+        named, *sums = sums
+        if look and int(named) != names * share.rows.size:
+            check_names(share, result, sae)
+    fired, *sums = sums
     for gradient, whole in zip(small, sums, strict=False):
         gradient.copy_(whole)
     loss, *others = sums[len(small) :]
@@ -141,4 +144,9 @@ def _summed(sae: SAEModule, share: Share, weight: float, parted: Mapping[nn.Para
 def _number(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(dtype)
-    return torch.tensor(value, dtype=torch.float64, device=like.device)
+    return _scalar(value, like)
+
+
+def _scalar(value: float, like: Tensor) -> Tensor:
+    """Made on the device of ``like``: to copy it there would be to wait."""
+    return like.new_full((), value, dtype=torch.float64)

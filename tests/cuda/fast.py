@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 import sys
 import time
@@ -20,9 +21,12 @@ SIZES = [(512, 4096), (768, 24576), (4096, 65536)]
 BATCH = 4096
 PRECISIONS = {"float32": 1e-5, "TF32": 2e-3, "bfloat16": 1e-2}
 """And how far off a product in each may be: three to ten times what rounding its operands makes."""
-PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121,
-         "A10": 125, "RTX 4090": 165}  # fmt: skip
-"""Teraflops of dense bfloat16 products with sums in float32, from the makers' data sheets, by a part of the name."""
+PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989, "A100": 312,
+         "L40S": 362, "L4": 121, "A10": 125, "RTX 4090": 165}  # fmt: skip
+"""Teraflops of dense bfloat16 products with sums in float32, from the makers' data sheets, by words of the name; the
+first that fits."""
+OTHERS = re.compile(r"\b(MIG|Laptop|RTX 4090 D)\b")
+"""A part of a GPU, and others that are called nearly the same."""
 
 
 def sizes(*, quick: bool) -> tuple[list[tuple[int, int]], int]:
@@ -53,7 +57,9 @@ def seconds(work: Callable[[], object], device: str, *, quick: bool) -> float:
 def peak(device: str) -> float | None:
     """Floating-point operations a second, of bfloat16 products; None: not known."""
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else ""
-    return next((1e12 * flops for part, flops in PEAKS.items() if part in name), None)
+    if OTHERS.search(name):
+        return None
+    return next((1e12 * flops for words, flops in PEAKS.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 def products(device: str, *, quick: bool) -> Made:

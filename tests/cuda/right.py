@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from cases import CASES, Made, rows, target_of, trainer_of, weights_of
 
+from saekit.data import ShuffleBuffer
 from saekit.runs.planned_step import step_bytes
+from saekit.site import Site, Sites
+from saekit.training.loop import Lane, fit
 from saekit.training.trainer import SAETrainer
-from saekit.values import StepInput
+from saekit.values import Batch, StepInput
 
 
 def steps(device: str, *, quick: bool) -> Made:
@@ -25,7 +29,8 @@ def steps(device: str, *, quick: bool) -> Made:
             other = _trained(options, device, d_in, d_sae, n)
             off = {key: _off(one.sae.state_dict()[key], value) for key, value in other.sae.state_dict().items()}
             worst = max(off, key=lambda key: off[key])
-            row |= {"well": off[worst] < 1e-9, "worst": worst, "off by": off[worst], "way": other.step_path()}
+            row |= {"well": all(value < 1e-9 for value in off.values()), "worst": worst, "off by": off[worst]}
+            row["way"] = other.step_path()
         except Exception as error:
             row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
         found.append(row)
@@ -51,38 +56,80 @@ def _trained(options: Mapping[str, Any], device: str, d_in: int, d_sae: int, n: 
 
 
 def _off(one: torch.Tensor, other: torch.Tensor) -> float:
-    """How far ``other`` is from ``one``, relative to it."""
+    """How far ``other`` is from ``one``, relative to it; where that is no number, infinitely far."""
     one, other = one.double(), other.double().cpu()
-    return float((one - other).norm() / (one.norm() + 1e-12))
+    found = float((one - other).norm() / (one.norm() + 1e-12))
+    return math.inf if math.isnan(found) else found
+
+
+READ, WRITTEN = Site(hook_name="read"), Site(hook_name="written")
+UNWATCHED = 4
+"""Batches in which first handles and memory are made; afterwards features are dead."""
+
+
+class Batches:
+    """Some batches of ``rows``, which lie on the CPU, through a shuffle buffer on the device.
+
+    From the fifth on, until they end, torch watches for whatever waits for the device.
+    """
+
+    def __init__(self, rows: Mapping[Site, torch.Tensor], device: str) -> None:
+        self._rows, self._device, self._left = Batch(rows), device, iter(range(2 * UNWATCHED))
+        self._buffer = ShuffleBuffer(
+            {site: values.shape[1] for site, values in rows.items()},
+            2 * len(self._rows),
+            generator=torch.Generator().manual_seed(1),
+            dtypes={site: values.dtype for site, values in rows.items()},
+            device=device,
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if next(self._left) == UNWATCHED:
+            self.watch("error")
+        while self._buffer.free >= len(self._rows):
+            self._buffer.add(self._rows)
+        self._buffer.shuffle()
+        return self._buffer.take(len(self._rows))
+
+    def watch(self, mode: str) -> None:
+        """Have torch fail, or not, where something waits for the device."""
+        if self._device.startswith("cuda"):
+            torch.cuda.set_sync_debug_mode(mode)
 
 
 def waits(device: str, *, quick: bool) -> Made:
-    """Whole steps of the loop, from a batch on the CPU on, under torch's watch for what waits for the device."""
-    d_in, d_sae, n = (12, 96, 70) if quick else (256, 4096, 4096)
+    """The loop from a buffer on the device on, under torch's watch for what waits for it."""
     found = []
     for name, options in CASES.items():
-        trainer = trainer_of(options, d_in, d_sae, device)
-        x, target = rows(n, d_in), target_of(options, n, d_in)
-        row: dict[str, Any] = {"case": name, "way": trainer.step_path()}
-        try:
-            for step in range(8):
-                watched = step >= 4 and device.startswith(
-                    "cuda"
-                )  # first handles and memory are made; features are dead
-                if watched:
-                    torch.cuda.set_sync_debug_mode("error")
-                try:
-                    trainer.train_on(x, target)
-                finally:
-                    if watched:
-                        torch.cuda.set_sync_debug_mode("default")
-            trainer.check_weights()
-            row |= {"well": True, "dead": int(trainer.firing.dead().sum())}
-        except Exception as error:
-            row |= {"well": False, "error": f"{type(error).__name__}: {error}"}
-        found.append(row)
-        yield row
+        found.append(_fitted(name, options, None, device, quick=quick))
+        yield found[-1]
+    found.append(_fitted("topk", CASES["topk"], "medium", device, quick=quick))
+    yield found[-1]
     return _judged(found)
+
+
+def _fitted(
+    name: str, options: Mapping[str, Any], precision: str | None, device: str, *, quick: bool
+) -> dict[str, Any]:
+    d_in, d_sae, n = (12, 96, 70) if quick else (256, 4096, 4096)
+    trainer = trainer_of(options, d_in, d_sae, device, matmul_precision=precision)
+    row: dict[str, Any] = {"case": name, "precision": precision or "", "way": trainer.step_path()}
+    x, target = rows(n, d_in), target_of(options, n, d_in)
+    trainer.sites = Sites.one(READ) if target is None else Sites((READ,), (WRITTEN,))
+    batches: Any = Batches({READ: x} if target is None else {READ: x, WRITTEN: target}, device)
+    try:
+        try:
+            fit([Lane(batches, [trainer])])
+        finally:
+            batches.watch("default")
+        trainer.check_weights()
+    except Exception as error:
+        return row | {"well": False, "error": f"{type(error).__name__}: {error}"}
+    well = trainer.diverged is None and trainer.step == 2 * UNWATCHED
+    return row | {"well": well, "dead": int(trainer.firing.dead().sum())}
 
 
 def determinism(device: str, *, quick: bool) -> Made:

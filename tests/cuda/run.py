@@ -18,6 +18,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -46,11 +47,14 @@ REFUSED = re.compile(r"^(torch|triton|nvidia[_.-].*|pip|setuptools|wheel)$", re.
 
 
 def missing(wheels: Path) -> list[Path]:
-    """Those of ``wheels`` whose distribution is not installed; never torch itself."""
+    """Those of ``wheels`` whose distribution is not installed, and that of saekit, which is what is tried; never torch
+    itself."""
     found = []
     for wheel in sorted(wheels.glob("*.whl")):
         name = wheel.name.split("-")[0]
-        if not REFUSED.match(name):
+        if name == "saekit":
+            found.append(wheel)
+        elif not REFUSED.match(name):
             try:
                 importlib.metadata.version(name.replace("_", "-"))
             except importlib.metadata.PackageNotFoundError:
@@ -59,8 +63,12 @@ def missing(wheels: Path) -> list[Path]:
 
 
 def install(wheels: Path, target: Path) -> list[str]:
-    """Unpack what is missing into ``target``, in seconds; what does not fit this machine is said."""
+    """Unpack what is missing into ``target``, in seconds; what does not fit this machine is said.
+
+    What an earlier call has left there goes.
+    """
     troubles = []
+    shutil.rmtree(target, ignore_errors=True)
     for wheel in missing(wheels):
         if not fits(wheel.stem):
             troubles.append(f"{wheel.name} is for another Python, or another kind of machine")
@@ -90,6 +98,15 @@ def unpack(wheel: Path, target: Path) -> None:
                 (target / place).write_bytes(packed.read(one))
 
 
+class Stopped(SystemExit):
+    """The script is to end."""
+
+
+def stop(number: int, frame: object) -> None:
+    """End because of a signal, and with it the part that runs."""
+    raise Stopped(128 + number)
+
+
 def part(
     name: str, device: str, *, quick: bool, tell: Callable[[dict[str, Any]], object] = lambda row: None
 ) -> dict[str, Any]:
@@ -102,7 +119,7 @@ def part(
         if isinstance(found, Generator):
             found = yield_from(found, rows, tell)
     except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
+        if isinstance(error, (KeyboardInterrupt, Stopped)):
             raise
         found = {"ok": False, "error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
     return {"rows": rows, **found, "seconds": round(time.monotonic() - started, 1)}
@@ -130,15 +147,19 @@ def alone(name: str, device: str, *, quick: bool, seconds: float, paths: Sequenc
         command = [sys.executable, str(HERE / "run.py"), "--part", name, "--device", device, "--told", str(told)]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([*paths, os.environ.get("PYTHONPATH", "")])}
         process = subprocess.Popen([*command, *["--quick"] * quick], env=environment, start_new_session=True)
+        late = False
         try:
             process.wait(seconds)
         except subprocess.TimeoutExpired:
+            late = True
+        finally:  # with all that it has started, also where this script is stopped: a GPU would stay in use
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            error = f"took more than {seconds:.0f} seconds"
-            return {"ok": False, "error": error, "seconds": round(seconds, 1), "rows": told_in(told)[0]}
         rows, found = told_in(told)
+        if late:
+            error = f"took more than {seconds:.0f} seconds"
+            return {"ok": False, "error": error, "seconds": round(seconds, 1), "rows": rows}
         if found is None:
             return {"ok": False, "error": f"its process ended with {process.returncode}", "seconds": 0.0, "rows": rows}
         return {"rows": rows, **found}
@@ -244,4 +265,6 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    for ended in (signal.SIGTERM, signal.SIGHUP):  # as by who runs it, or with its terminal: no part outlives it
+        signal.signal(ended, stop)
     sys.exit(not all(found["ok"] for found in main().get("parts", {}).values()))

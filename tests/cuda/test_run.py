@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import saekit
 from saekit.kinds import SAE_ARCHITECTURES
@@ -64,6 +69,72 @@ def test_a_step_that_is_another_is_seen(script: ModuleType, monkeypatch: pytest.
     assert 1e-9 < found["rows"][0]["off by"] < 1e-6
 
 
+def test_what_is_no_number_is_seen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever it is among the parameters."""
+    right = importlib.import_module("right")
+    made = right._trained
+
+    def trained(options: Any, device: str, *sizes: int) -> Any:
+        trainer = made(options, "cpu", *sizes)
+        if device != "cpu":
+            with torch.no_grad():
+                trainer.sae.W_dec[3, 2] = torch.nan
+        return trainer
+
+    monkeypatch.setattr(right, "CASES", {"topk": right.CASES["topk"]})
+    monkeypatch.setattr(right, "_trained", trained)
+    found = script.part("steps", "another", quick=True)
+    assert not found["ok"]
+    row = found["rows"][0]
+    assert (row["worst"], row["off by"]) == ("W_dec", float("inf"))
+
+
+def test_what_waits_in_the_loop_or_the_buffer_is_seen(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's watch says it, from the fifth batch on."""
+    right, modes, fails = importlib.import_module("right"), ["default"], [""]
+
+    def waiting(where: str, done: Any) -> Any:
+        def call(*args: Any, **more: Any) -> Any:
+            if where == fails[0] and modes[-1] == "error":
+                raise RuntimeError(f"called a synchronizing CUDA operation in {where}")
+            return done(*args, **more)
+
+        return call
+
+    monkeypatch.setattr(right, "CASES", {"topk": right.CASES["topk"], "transcoder": right.CASES["transcoder"]})
+    monkeypatch.setattr(right.Batches, "watch", lambda self, mode: modes.append(mode))
+    for where in ("add", "take"):
+        monkeypatch.setattr(right.ShuffleBuffer, where, waiting(where, getattr(right.ShuffleBuffer, where)))
+    monkeypatch.setattr(right.SAETrainer, "train_on", waiting("a step", right.SAETrainer.train_on))
+    for where in ("", "add", "take", "a step"):
+        fails[0] = where
+        found = script.part("waits", "cpu", quick=True)
+        assert [row["well"] for row in found["rows"]] == [not where] * 3
+        assert all(where in row.get("error", "") for row in found["rows"])
+    assert [(row["case"], row["precision"]) for row in found["rows"]] == [
+        ("topk", ""), ("transcoder", ""), ("topk", "medium")
+    ]  # fmt: skip
+    assert modes == ["default", *["error", "default"] * 12]
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L4", 121), ("NVIDIA L40S", 362),
+        ("NVIDIA A10", 125), ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA L40", None), ("NVIDIA A10G", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None), ("NVIDIA GeForce RTX 4090 D", None), ("NVIDIA H20", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None), ("NVIDIA H200 NVL", 835),
+    ],
+)  # fmt: skip
+def test_the_peak_is_that_of_the_gpu_or_none(
+    name: str, teraflops: float | None, script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    found = importlib.import_module("fast").peak("cuda")
+    assert found == (None if teraflops is None else 1e12 * teraflops)
+
+
 def test_every_architecture_that_trains_is_a_case(script: ModuleType) -> None:
     cases = importlib.import_module("cases")
     there = {item.entry.name for item in saekit.default_manager().registry(SAE_ARCHITECTURES).items}
@@ -76,6 +147,8 @@ def steps(device, *, quick): raise ValueError(f"on {device}, quick: {quick}")
 def waits(device, *, quick):
     subprocess.Popen(["sleep", "90"])  # whoever reads its output waits for it, unless it is ended, too
     yield {"d": 4.5}
+    with open("started.new", "w") as file: file.write(str(os.getpid()))
+    os.rename("started.new", "started")
     time.sleep(60)
 def determinism(device, *, quick): os._exit(7)
 def memory(device, *, quick): return {"ok": True, "rows": [{"a": 1.23456, "b": "x|y"}, {"c": 2}]}
@@ -97,6 +170,28 @@ def test_a_part_that_fails_or_takes_too_long_ends_no_other(tmp_path: Path) -> No
     assert parts["memory"]["ok"]
     text = (tmp_path / "out" / "cuda.md").read_text()
     assert "| a | b | c |\n| --- | --- | --- |\n| 1.23 | x\\|y |  |\n|  |  | 2 |" in text
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_no_part_outlives_the_script(sent: signal.Signals, tmp_path: Path) -> None:
+    """Nor what a part has started."""
+    shutil.copy(HERE / "run.py", tmp_path / "run.py")
+    (tmp_path / "right.py").write_text(PARTS)
+    (tmp_path / "torch.py").write_text("__version__ = 'none'")
+    command = [sys.executable, "run.py", "--device", "cpu", "--only", "waits"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        try:
+            end = time.monotonic() + 30
+            while not (tmp_path / "started").exists() and time.monotonic() < end:
+                time.sleep(0.01)
+            part = int((tmp_path / "started").read_text())
+            process.send_signal(sent)
+            process.communicate(timeout=30)  # until nobody holds its output any more
+        finally:
+            process.kill()
+    assert process.returncode in (-sent, 128 + sent)
+    with pytest.raises(ProcessLookupError):
+        os.kill(part, 0)
 
 
 def test_the_script_fails_where_a_part_does(tmp_path: Path) -> None:
@@ -131,3 +226,13 @@ def test_what_is_missing_is_unpacked_and_torch_never(script: ModuleType, tmp_pat
     assert sorted(str(path.relative_to(tmp_path / "target")) for path in (tmp_path / "target").rglob("*.py")) == [
         "no_such/__init__.py", "no_such_too.py", "nor_this/__init__.py", "nor_this_too.py"
     ]  # fmt: skip
+
+
+def test_saekit_of_the_bundle_takes_the_place_of_one_that_is_installed(script: ModuleType, tmp_path: Path) -> None:
+    """And of what an earlier call has unpacked."""
+    assert importlib.metadata.version("saekit")
+    (tmp_path / "target" / "saekit-0.0.0.dist-info").mkdir(parents=True)
+    with zipfile.ZipFile(tmp_path / "saekit-0.0.1-py3-none-any.whl", "w") as packed:
+        packed.writestr("saekit-0.0.1.dist-info/METADATA", "Name: saekit\nVersion: 0.0.1\n")
+    assert script.install(tmp_path, tmp_path / "target") == []
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["saekit-0.0.1.dist-info"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,12 +13,13 @@ import torch
 from hypothesis import given
 from saekit_plugins.sources.live import LiveConfig
 from support.recipes import Mixing
+from support.unwaited import Watch, WouldWaitError
 from torch import Tensor
 
 import saekit
 from saekit import Site
 from saekit.abilities import KeepsRecipe
-from saekit.data import ContextStream, ShuffleBuffer, StreamContext, TokenPolicy
+from saekit.data import ActivationStream, ContextStream, ShuffleBuffer, StreamContext, TokenPolicy
 from saekit.data.documents import Masked
 from saekit.data.recipe import ForwardInput, MadeBatch, row_sums, with_rows
 from saekit.errors import DataError
@@ -290,3 +292,41 @@ def one_bit_changes_a_checksum(width: int, dtype: torch.dtype, row: int, column:
     assert torch.equal(row_sums({SITE: rows}), row_sums({SITE: shifted}))
     assert (row_sums({SITE: rows}) != row_sums({SITE: other})).tolist() == [number == row for number in range(4)]
     assert row_sums({SITE: rows, HEAD: other})[row] != row_sums({SITE: other, HEAD: rows})[row]
+
+
+# ---- on a device that nobody waits for
+
+
+def test_rows_and_checksums_of_a_forward_wait_for_nothing() -> None:
+    size, n = 8, 3
+    buffer = ShuffleBuffer(
+        {SITE: 4, HEAD: 2}, 2 * n, generator=torch.Generator(), device="meta", recipes=True,
+        dtypes={SITE: torch.float32, HEAD: torch.float32},
+    )  # fmt: skip
+    forward = ForwardInput(torch.zeros(1, size, dtype=torch.int32), torch.zeros(1, size, dtype=torch.long), (1,))
+    for _ in range(2):
+        rows = {site: torch.zeros(n, d, device="meta") for site, d in ((SITE, 4), (HEAD, 2))}
+        with Watch():
+            sums = row_sums(rows)
+            buffer.add(MadeBatch(rows, forward=forward, places=torch.arange(n), sums=sums))
+        buffer.shuffle()  # of numbers that are on the CPU
+
+
+@pytest.mark.parametrize("held", ["as they are", torch.bfloat16])
+def test_activations_go_from_a_cpu_to_a_buffer_without_waiting(held: Any) -> None:
+    stream = object.__new__(ActivationStream)
+    stream._device, stream._dtype = "meta", None if held == "as they are" else held
+    with Watch() as watch:
+        kept = stream._kept(torch.ones(5, 3))
+    assert (kept.device.type, kept.dtype, watch.sent) == ("meta", stream._dtype or torch.float32, 1)
+
+
+def test_a_forward_on_a_device_waits_where_it_is_rounded_to_float16_alone() -> None:
+    """To see whether the numbers fit."""
+    stream = object.__new__(ActivationStream)
+    stream._device = None
+    for held, made in itertools.product((None, torch.bfloat16, torch.float16), (torch.float32, torch.float16)):
+        stream._dtype = held
+        waits = (held, made) == (torch.float16, torch.float32)
+        with Watch(), pytest.raises(WouldWaitError) if waits else nullcontext():
+            stream._kept(torch.ones(5, 3, dtype=made, device="meta"))

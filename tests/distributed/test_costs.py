@@ -75,6 +75,14 @@ def test_rows_are_given_where_they_are_less() -> None:
         assert "gradients" in {message.what for message in other.messages(Mesh(2, 1))}
 
 
+def test_candidates_of_a_whole_batch_are_counted_on_gpus() -> None:
+    """Each process has as many as the batch has active entries, whatever it has of rows and features."""
+    job = attrs.evolve(Job.topk(8, 4096, rows=2**18, k=64), competes="all", on_gpu=True)
+    assert job.held(Mesh(64, 1))["candidates"] == 64 * 64 * 2**18
+    assert "candidates" not in attrs.evolve(job, on_gpu=False).held(Mesh(64, 1))
+    assert "candidates" not in job.held(Mesh())
+
+
 def test_a_process_has_its_part() -> None:
     job = Job.topk(64, 4096, rows=2048, k=8)
     assert job.parameters(Mesh()) == 2 * 64 * 4096 + 4096 + 64

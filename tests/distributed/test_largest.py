@@ -8,12 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.kernels import seeded
 from torch import Tensor
 
+import saekit.devices
 from saekit.distributed.group import Group
 from saekit.distributed.largest import sorted_keys
 from saekit.distributed.share import Share
 from saekit.distributed.sizes import FEW, OF_ALL, OF_ROWS, counts_sent
+from saekit.kernels import Encoder, batch_top, top_groups
+from saekit.kernels.encoder import CHUNK
 from saekit.kernels.groups import _among_all
 from saekit.kernels.sparse import SparseFeatures
 
@@ -106,3 +110,40 @@ def test_what_is_no_number_is_among_the_largest_entries_of_each_row() -> None:
     kept = _among_all(found, 1, Share())
     assert kept.features.tolist() == [3, 2]
     assert kept.values.isnan().tolist() == [True, False]
+
+
+def test_on_a_device_too_where_there_are_more_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On which own ones are as many as there could be, found chunk by chunk."""
+    monkeypatch.setattr(saekit.devices, "AT_HAND", frozenset())
+    n, d_sae, k = CHUNK + 40, 6, 2
+    weights, bias = torch.randn(5, FEATURES * d_sae, generator=seeded(), dtype=torch.float64), torch.zeros(1)
+    x = [torch.randn(n, 5, generator=seeded(1 + d), dtype=torch.float64) * (1 + d) for d in range(DATA)]
+    scale = torch.rand(FEATURES * d_sae, generator=seeded(9), dtype=torch.float64) + 0.5
+    whole = torch.cat(x) @ weights
+
+    def found(share: Share, d: int, f: int, wanted: int) -> Tensor:
+        own = slice(f * d_sae, (f + 1) * d_sae)
+        encoder, share = Encoder(weights[:, own].contiguous(), bias.expand(d_sae).double()), share_of(share)
+        if wanted:
+            return batch_top(encoder, x[d], wanted, scale=scale[own], share=share).dense()
+        groups = [group for _, group in top_groups(encoder, x[d], k, scale=scale[own], share=share)]
+        assert all(len(group) < k * group.n for group in groups), "those of other processes are not among them"
+        return torch.cat([group.dense() for group in groups])
+
+    def share_of(share: Share) -> Share:
+        return Share(share.rows, share.features, (n,) * DATA)
+
+    for wanted in (0, 700, 10**6):
+        parts, _ = by_all(lambda share, d, f, wanted=wanted: found(share, d, f, wanted))  # type: ignore[misc]
+        rows = [torch.cat(parts[d * FEATURES : (d + 1) * FEATURES], 1) for d in range(DATA)]
+        compared = (whole * scale).relu()
+        flat = compared if not wanted else compared.reshape(1, -1)
+        values, places = flat.topk(min(wanted or k, flat.shape[1]), dim=1)
+        mask = torch.zeros_like(flat).scatter_(1, places, values).reshape(compared.shape) > 0
+        torch.testing.assert_close(torch.cat(rows), whole * mask)
+
+
+def test_what_is_no_number_is_among_them_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saekit.devices, "AT_HAND", frozenset())
+    found = SparseFeatures(torch.tensor([0, 1]), torch.tensor([3, 2]), torch.tensor([torch.nan, 2.0]), 2, 4)
+    assert _among_all(found, 1, Share()).values.isnan().tolist() == [True, False]

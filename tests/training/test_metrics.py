@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from support.training import D_SAE, counts, fake_run, fit, lines, make_trainer, rows, train, weights
 
 from saekit.training.firing import FiringStatistics
-from saekit.training.metrics import eval_metrics, weight_metrics
+from saekit.training.metrics import eval_metrics, weight_metrics, window_metrics
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -105,8 +106,6 @@ def test_every_metric_is_what_it_is_called(l1: float, ghosts: bool) -> None:
 
 
 def test_features_that_fire_hardly_ever_are_told_apart() -> None:
-    from saekit.training.metrics import window_metrics
-
     found = window_metrics(torch.tensor([0.0, 5e-7, 2e-6, 9e-6, 2e-5, 0.5]))
     assert (found["sparsity/below_1e-5"], found["sparsity/below_1e-6"]) == (4, 2)
     assert counts(found["plots/feature_density_line_chart"]) == 6
@@ -158,3 +157,23 @@ def test_histograms_reach_the_file(tmp_path: Path) -> None:
     assert [line["step"] for line in density] == [4, 8]
     assert all(sum(line["plots/feature_density_line_chart"]["counts"]) == 64 for line in density)
     assert all(line["losses/ghost_grad_loss"] == 0 for line in lines(result.folder) if "losses/mse_loss" in line)
+
+
+class Elsewhere(torch.Tensor):
+    """On a device, which every look waits for."""
+
+    looks = 0
+
+    def cpu(self, *args: Any) -> torch.Tensor:
+        Elsewhere.looks += 1
+        return self.as_subclass(torch.Tensor)
+
+    def item(self) -> float:
+        raise AssertionError("a look at one number")
+
+
+def test_the_metrics_of_a_window_take_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Elsewhere, "looks", 0)
+    fractions = torch.tensor([0.0, 0.5, 2e-6])
+    assert window_metrics(fractions.as_subclass(Elsewhere)) == window_metrics(fractions)
+    assert Elsewhere.looks == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from pathlib import Path
@@ -74,14 +75,39 @@ def test_signum_is_the_papers(beta: float, decay: float, dtype: torch.dtype) -> 
         assert torch.allclose(value.double(), expected[name], rtol=0, atol=1e-6 if dtype == torch.float32 else 1e-14)
 
 
-def test_signum_clips_before_it_averages() -> None:
-    parameters = weights(torch.float64)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_signum_clips_before_it_averages(dtype: torch.dtype) -> None:
+    parameters = weights(dtype)
     optimizer = optimizer_for(parameters.items(), SignumConfig(beta=0.5, clip_grad_norm=0.25), lambda step: 0.1)
     stepped(optimizer, parameters, range(1))
     norm = torch.cat([value.flatten() for value in gradients(0).values()]).norm()
     for name, gradient in gradients(0).items():
         kept = optimizer.state_dict()[name]["momentum"]
-        assert torch.allclose(kept, gradient * 0.25 / (norm + 1e-6) / 2)
+        assert torch.allclose(kept.double(), gradient * 0.25 / (norm + 1e-6) / 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("beta", "decay"), [(0.9, 0.0), (0.0, 0.1), (0.3, 0.1)])
+def test_signum_leaves_a_failed_step_out_without_a_look(beta: float, decay: float) -> None:
+    """As on a GPU, by the optimizer's flag."""
+    config = SignumConfig(beta=beta, weight_decay=decay)
+    looked, blind = weights(), weights()
+    expected, optimizer = (optimizer_for(one.items(), config, lambda step: 0.1) for one in (looked, blind))
+    optimizer.looks = False
+    optimizer._inner.found_inf = optimizer._failed  # type: ignore[attr-defined]
+    for one, parameters in ((expected, looked), (optimizer, blind)):
+        stepped(one, parameters, range(3))
+    for name, value in looked.items():
+        torch.testing.assert_close(blind[name], value, rtol=1e-6, atol=1e-7)
+    before = {name: value.detach().clone() for name, value in blind.items()}
+    kept = copy.deepcopy(optimizer.state_dict())
+    blind["W"].grad = torch.full_like(blind["W"], torch.nan)
+    blind["b"].grad = torch.ones_like(blind["b"])
+    optimizer.step(3)
+    stepped(optimizer, blind, range(4, 5))
+    assert optimizer.failed
+    for name, value in before.items():
+        assert torch.equal(blind[name], value), name
+        assert torch.equal(optimizer.state_dict()[name]["momentum"], kept[name]["momentum"]), name
 
 
 @pytest.mark.parametrize("config", [SignumConfig(), AdamConfig()])
@@ -98,11 +124,12 @@ def test_a_gradient_that_is_no_number_changes_nothing(config: OptimizerConfig) -
     assert all(torch.equal(before[name], value) for name, value in parameters.items())
 
 
-def test_adam_is_guarded_where_it_is_fused_and_signum_never() -> None:
-    """Where the optimizer does not look for itself, the kernel does."""
+def test_those_that_ship_are_guarded_but_in_float64() -> None:
+    """Where the optimizer does not look for itself, :class:`ScheduledOptimizer` does, and waits for a GPU."""
     assert adam_for(weights().items(), lambda step: 0.1)._guarded is not None
     assert adam_for(weights(torch.float64).items(), lambda step: 0.1)._guarded is None
-    assert optimizer_for(weights().items(), SignumConfig(), lambda step: 0.1)._guarded is None
+    assert optimizer_for(weights().items(), SignumConfig(), lambda step: 0.1)._guarded is not None
+    assert optimizer_for(weights(torch.float64).items(), SignumConfig(), lambda step: 0.1)._guarded is None
 
 
 class Differing(torch.optim.SGD):

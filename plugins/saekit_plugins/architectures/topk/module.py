@@ -79,6 +79,8 @@ class TopKKernel(SparseKernel["TopKSAE"]):
 
     spreads_over = frozenset({"data", "features"})
     leaves_weights = True
+    sparse: ClassVar[type[SparseFeatures]] = SparseFeatures
+    """What makes the products of active features, those of AuxK too."""
 
     def refuses_options(self, sae: TopKSAE, *, training: bool) -> str | None:
         if sae.config.k > dense_above(sae.W_dec) * sae.d_sae:
@@ -100,7 +102,7 @@ class TopKKernel(SparseKernel["TopKSAE"]):
         """A step whose loss is counted in ``unit``, a scalar."""
         norms, encoder = sae.feature_norms(), self.encoder(sae, workspace)
         weights = None if unit is None else (1 / unit).expand(len(x), 1)
-        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights)
+        fast = FastStep(sae, x, workspace, target=step.target, row_weights=weights, sparse=self.sparse)
         logged, wanted = sae.logged_k(step), sae.wanted_at(step, sae.share.n(len(x)))
 
         def to_pre(gradient: Tensor, features: Features, rows: slice) -> Tensor:

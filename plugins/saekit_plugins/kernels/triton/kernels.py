@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
-import triton
 from torch import Tensor
 
 from saekit.kernels import Encoder, SparseFeatures
 from saekit_plugins.architectures.batchtopk.module import BatchTopKKernel
 from saekit_plugins.architectures.topk.module import TopKKernel
-from saekit_plugins.kernels.triton.products import TritonFeatures
+from saekit_plugins.kernels.triton.products import INTERPRETED, TritonFeatures
 
 __all__ = ["TritonBatchTopKKernel", "TritonTopKKernel"]
 
@@ -20,11 +19,11 @@ class _InTriton:
     """What the kernels of several architectures have in common."""
 
     name = "Triton kernels"
+    sparse: ClassVar[type[SparseFeatures]] = TritonFeatures
 
     def __init__(self, config: Any = None) -> None:
         """There are no options."""
-        # CPUs too where Triton's interpreter takes the place of its compiler, which is for tests.
-        self.devices = frozenset({"cuda", "cpu"} if triton.knobs.runtime.interpret else {"cuda"})
+        self.devices = frozenset({"cuda", "cpu"} if INTERPRETED else {"cuda"})
 
     def chosen(
         self, sae: Any, encoder: Encoder, centered: Tensor, norms: Tensor | None, wanted: int

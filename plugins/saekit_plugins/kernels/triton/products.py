@@ -6,6 +6,7 @@ sums by atomic additions are not.  Programs go through the columns of a row in b
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from saekit.kernels import SparseFeatures
 
-__all__ = ["TritonFeatures"]
+__all__ = ["INTERPRETED", "TritonFeatures"]
 
 _BLOCK = 512  # columns of one program
 
@@ -68,6 +69,10 @@ def _add_outer(order, rows, starts, values, vectors, out, entries, d_sae, width,
     tl.store(target, total, mask=inside)
 
 
+INTERPRETED = not isinstance(_decode, triton.JITFunction)
+"""Whether Triton's interpreter takes the place of its compiler, which is for tests on CPUs."""
+
+
 class TritonFeatures(SparseFeatures):
     """Features whose products are made by the programs above."""
 
@@ -81,29 +86,37 @@ class TritonFeatures(SparseFeatures):
         width = decoder.shape[1]
         out = decoder.new_empty(self.n, width)
         if self.n:
-            _decode[self.n, triton.cdiv(width, _block(width))](
-                self.features, self.values.contiguous(), self.starts, decoder, out, len(self), self.n, width,
-                **_sizes(width, decoder),
-            )  # fmt: skip
+            with _launched_on(out.device):
+                _decode[self.n, triton.cdiv(width, _block(width))](
+                    self.features, self.values.contiguous(), self.starts, decoder, out, len(self), self.n, width,
+                    **_sizes(width, decoder),
+                )  # fmt: skip
         return out
 
     def inner_products(self, vectors: Tensor, weights: Tensor) -> Tensor:
         out, width = vectors.new_empty(len(self)), weights.shape[1]
         if len(self):
-            _multiply[self.n,](
-                vectors.contiguous(), weights.contiguous(), self.features, self.starts, out, len(self), self.n, width,
-                **_sizes(width, weights),
-            )  # fmt: skip
+            with _launched_on(out.device):
+                _multiply[self.n,](
+                    vectors.contiguous(), weights.contiguous(), self.features, self.starts, out, len(self), self.n,
+                    width, **_sizes(width, weights),
+                )  # fmt: skip
         return out
 
     def add_outer_products(self, values: Tensor, vectors: Tensor, out: Tensor, *, replace: bool = False) -> None:
         if not out.is_contiguous():
             raise ValueError("what is added to must be in one piece")
         by_feature, width = self._by_feature, out.shape[1]
-        _add_outer[self.d_sae, triton.cdiv(width, _block(width))](
-            by_feature.order, by_feature.rows, by_feature.starts, values.contiguous(), vectors.contiguous(), out,
-            len(self), self.d_sae, width, replace=replace, **_sizes(width, out),
-        )  # fmt: skip
+        with _launched_on(out.device):
+            _add_outer[self.d_sae, triton.cdiv(width, _block(width))](
+                by_feature.order, by_feature.rows, by_feature.starts, values.contiguous(), vectors.contiguous(), out,
+                len(self), self.d_sae, width, replace=replace, **_sizes(width, out),
+            )  # fmt: skip
+
+
+def _launched_on(device: torch.device) -> AbstractContextManager[object]:
+    """Around a launch: Triton takes the current GPU and its stream, whichever GPU the tensors are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _block(width: int) -> int:

@@ -1,5 +1,4 @@
-"""The backend of transformers beside that of transformer_lens, fused or not: forwards of the same folder that end at the
-same site.
+"""The backend of transformers beside that of transformer_lens, fused or not: forwards of one folder that end at a site.
 
     python tests/bench/backends.py [--families gpt2 neox llama] [--widths 512 128] [--contexts 128 1024] [--quick]
 

@@ -35,6 +35,7 @@ _ROOM = 3
 """As many times its weights must be free for it."""
 _ROUNDS = 4  # the first does not count
 _SAME = 1e-3
+_SHORT = 0.1  # seconds of a round
 
 
 def told_of_other_forwards(config: TrainConfig, backend: ModelBackend, tokens: Tensor) -> list[str]:
@@ -44,13 +45,16 @@ def told_of_other_forwards(config: TrainConfig, backend: ModelBackend, tokens: T
     texts, read = [], {site.hook_name for site in config.sites.all}
     for line, way in backend.other_forwards().items():
         times: tuple[list[float], list[float]] = ([], [])
+        forwards = 1
         for _ in range(_ROUNDS):
             for seconds, entered in zip(times, (nullcontext, way), strict=True):
                 with entered():
                     start = time.perf_counter()
-                    found = backend.run(tokens, read=read).held
-                    synchronize(next(iter(found.values())).device)
+                    for _ in range(forwards):
+                        found = backend.run(tokens, read=read).held
+                        synchronize(next(iter(found.values())).device)
                     seconds.append(time.perf_counter() - start)
+            forwards = max(int(_SHORT / times[0][0]), 1)  # of small models several, so that noise is less of a round
         gain = Compared.of(*(seconds[1:] for seconds in times))
         if gain.pays:
             texts.append(f"{gain.ratio:.2f} × faster here, the same but for rounding: write {line}")

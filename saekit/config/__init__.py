@@ -14,6 +14,7 @@ from saekit.config.distributed import DistributedConfig
 from saekit.config.evals import EvalsConfig
 from saekit.config.fields import (
     CHOOSES_START,
+    LATER,
     NEEDED_TO_LOAD,
     PLUGIN_KIND,
     SAME_AT_START,
@@ -39,6 +40,7 @@ from saekit.site import Site
 
 __all__ = [
     "CHOOSES_START",
+    "LATER",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",

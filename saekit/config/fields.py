@@ -17,6 +17,7 @@ from saekit.kinds import Kind
 __all__ = [
     "CHOOSES_START",
     "INSTEAD_OF",
+    "LATER",
     "NEEDED_TO_LOAD",
     "PLUGIN_KIND",
     "SAME_AT_START",
@@ -54,6 +55,9 @@ SAME_AT_START = "saekit_same_at_start"
 NEEDED_TO_LOAD = "saekit_needed_to_load"
 """Metadata of an SAE's option without which saved weights cannot be understood: a folder that lacks it is refused, and
 no default takes its place.  Options with :data:`SAME_AT_START` are needed, too."""
+LATER = "saekit_later"
+"""Metadata of a model backend's option that was added when caches and checkpoints had been written without it: where it
+is what it is by default, they fit."""
 CHOOSES_START = "saekit_chooses_start"
 """Metadata of an SAE's option beside those of :class:`saekit.SAEConfig` that chooses starting weights and nothing else:
 training from saved weights refuses it."""

@@ -47,13 +47,13 @@ def not_zero(numbers: Array, rows: slice, out: Array) -> None:
 def places_where(numbers: Tensor, test: Test, limit: int | None = None) -> Tensor | None:
     """Where in the flattened ``numbers [n, m]``, in one piece, are those that ``test`` looks for: ``[places]``, rising.
 
-    None when there are more than ``limit``, or when a block alone has twice its part of them: then it is not worth
-    while to look on.
+    None when there are more than ``limit``, or when an eighth of the rows, or a block if that is more, have twice their
+    part of them: then it is not worth while to look on.
     """
-    found, total = [], 0
+    found, total, least = [], 0, numbers.numel() // 8
     for start, mask, number in _masks(numbers, test):
-        total += number
-        if limit is not None and (total > limit or number * numbers.numel() > 2 * limit * mask.size):
+        total, seen = total + number, start + mask.size
+        if limit is not None and (total > limit or (seen >= least and total * numbers.numel() > 2 * limit * seen)):
             return None
         found.append(_true_places(mask, number) + start)
     return torch.from_numpy(np.concatenate(found)) if found else torch.empty(0, dtype=torch.int64)

@@ -9,10 +9,11 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+import attrs
 import numpy as np
 
 from saekit.abilities import HasTokenizer
-from saekit.config import TrainConfig
+from saekit.config import LATER, TrainConfig
 from saekit.config.files import plain_config
 from saekit.data.corpus import Corpus
 from saekit.data.documents import Conversation, Document, Masked
@@ -41,7 +42,7 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
     table = {
         "model.name": _place(backend.name),
         "model.weights": backend.fingerprint(),
-        "model.backend": {"name": chosen.key, **plain_config(chosen.options, plugins)},
+        "model.backend": {"name": chosen.key, **_options(chosen.options, plugins)},
         "model.dtype": config.model.dtype,
         "model.autocast": config.model.autocast,
         "dataset.path": "in memory" if corpus.dataset is not None else _place(dataset.path),
@@ -60,6 +61,13 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
     }
     plain: dict[str, Any] = json.loads(json.dumps(table, default=repr))
     return plain
+
+
+def _options(options: Any, plugins: PluginManager) -> dict[str, Any]:
+    """A backend's, of which those that came :data:`LATER` are there only where they are chosen."""
+    later = {field.name for field in attrs.fields(type(options)) if field.metadata.get(LATER)}
+    plain, usual = plain_config(options, plugins), plain_config(type(options)(), plugins) if later else {}
+    return {name: value for name, value in plain.items() if name not in later or value != usual[name]}
 
 
 def _chosen(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> dict[str, Any]:

@@ -315,16 +315,16 @@ class TimedRun:
 
     def _others(self) -> None:
         """Other ways of this backend, and other backends of the same model."""
+        rows = self.stream.rows_per_context(self.corpus.context_size)
+        own = max(self.counted.rows_per_forward() // rows, 1)
         tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
         with self.stream.model_lock:
-            if found := told_of_other_forwards(self.config, self.backend, tokens):
+            if found := told_of_other_forwards(self.config, self.backend, tokens[:own]):
                 self.facts["other forwards"] = "; ".join(found)
         if self.alone and (found := told_of_others(self.config, self.plugins, self.backend, tokens)):
             self.facts["other backends"] = "; ".join(found)
         if self.measure:
-            rows = self.stream.rows_per_context(self.corpus.context_size)
-            most = 4 * max(self.counted.rows_per_forward() // rows, 1)
-            tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(most).tokens)
+            tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(4 * own).tokens)
             size = self.counted.numbers.get("forward_bytes", 0.0)
             with self.stream.model_lock:
                 self.facts |= told_of_ways(

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from saekit_plugins.backends.fused_parts import FusedParts
@@ -18,6 +19,8 @@ from torch import Tensor
 
 import saekit
 from saekit.config import ModelConfig
+from saekit.data import Corpus
+from saekit.runs.identity import run_identity
 from saekit.runs.other_ways import Compared
 
 UNPROCESSED = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
@@ -59,7 +62,7 @@ def backend(model: Any, **options: Any) -> TransformerLensBackend:
 
 def parts(of: TransformerLensBackend) -> set[str]:
     assert of._fused is not None
-    return {type(part.module).__name__ for part in of._fused._parts}
+    return of._fused.kinds
 
 
 def assert_alike(fused: TransformerLensBackend, plain: TransformerLensBackend) -> None:
@@ -123,7 +126,11 @@ def test_half_precision_comes_to_the_same_within_its_own() -> None:
     model = made(act_fn="gelu_new").to(torch.bfloat16)
     model.cfg.dtype = torch.bfloat16
     fused, plain = backend(model), backend(model, fused=False)
-    assert parts(fused) == {"Attention", "LayerNorm"}, "each step of this GELU rounds"
+    assert fused._fused is not None
+    numbers, plain_gelu = torch.linspace(-4, 4, 99).bfloat16(), model.blocks[0].mlp.act_fn
+    with fused._fused.at_work():
+        assert model.blocks[0].mlp.act_fn is not plain_gelu
+        assert torch.equal(model.blocks[0].mlp.act_fn(numbers), plain_gelu(numbers)), "each of its steps rounds"
     hook = "blocks.1.hook_resid_post"
     found, expected = (one.run(TOKENS, read={hook}).held[hook].float() for one in (fused, plain))
     assert (found - expected).norm() < 0.02 * expected.norm()
@@ -164,7 +171,9 @@ def test_hooks_of_the_owner_see_all_scores() -> None:
     assert torch.allclose(seen[0].sum(-1), torch.ones(3, 2, 20))
 
 
-def test_a_forward_inside_another_has_its_own_hooks() -> None:
+@pytest.mark.parametrize("outside", ["blocks.0.hook_resid_post", "blocks.1.attn.hook_q", "blocks.1.attn.hook_z"])
+def test_a_forward_inside_another_has_its_own_hooks(outside: str) -> None:
+    """Inside the very attention that is at work, too."""
     model = made()
     fused, plain = backend(model), backend(model, fused=False)
     held: dict[str, Tensor] = {}
@@ -175,24 +184,57 @@ def test_a_forward_inside_another_has_its_own_hooks() -> None:
             held.update(fused.run(TOKENS, read={PATTERN}).held)
         return activation
 
-    loss = fused.run(TOKENS, replace={"blocks.0.hook_resid_post": inner}, want="loss").loss
+    loss = fused.run(TOKENS, replace={outside: inner}, want="loss").loss
     assert torch.allclose(held[PATTERN], plain.run(TOKENS, read={PATTERN}).held[PATTERN], atol=1e-6)
     assert torch.allclose(loss, plain.run(TOKENS, want="loss").loss, atol=1e-5)
+
+
+def test_padding_inside_a_forward_is_left_to_the_library() -> None:
+    model = made()
+    fused, mask, seen = backend(model), torch.ones_like(TOKENS), list[Tensor]()
+    mask[0, :7] = 0
+    expected = model(TOKENS, attention_mask=mask)
+
+    def inner(activation: Tensor) -> Tensor:
+        if not seen:
+            seen.append(torch.empty(0))
+            seen.append(model(TOKENS, attention_mask=mask))
+        return activation
+
+    fused.run(TOKENS, replace={"blocks.1.attn.hook_q": inner}, want="loss")
+    assert torch.allclose(seen[1], expected, atol=1e-5, equal_nan=True)
+    assert not torch.allclose(expected[0, -1], model(TOKENS)[0, -1], atol=1e-3)
+
+
+def test_a_hook_that_comes_during_a_forward_sees_all_scores() -> None:
+    model, seen = made(), list[Tensor]()
+    fused = backend(model)
+
+    def adding(activation: Tensor) -> Tensor:
+        model.hook_dict[PATTERN].add_hook(lambda pattern, hook: seen.append(pattern))
+        return activation
+
+    fused.run(TOKENS, replace={"blocks.1.attn.hook_q": adding}, want="loss")
+    assert [pattern.shape for pattern in seen] == [(3, 2, 20, 20)]
 
 
 def test_hooks_of_all_modules_see_all_scores() -> None:
     from torch.nn.modules.module import register_module_forward_hook
 
     model, seen = made(), list[Tensor]()
-    fused = backend(model)
     handle = register_module_forward_hook(
         lambda module, given, out: seen.append(out) if module is model.hook_dict[PATTERN] else None
     )
     try:
+        with pytest.warns(RuntimeWarning, match=r"model.backend.fused does nothing for 'custom': no attention, norm"):
+            fused = backend(model)
+        assert not seen, "nothing is tried before their eyes"
         fused.run(TOKENS, read={"blocks.1.hook_resid_post"})
     finally:
         handle.remove()
     assert [tuple(pattern.shape) for pattern in seen] == [(3, 2, 20, 20)]
+    fused.run(TOKENS, want="loss")
+    assert parts(fused) == {"Attention", "LayerNorm"}, "tried as soon as they have gone"
 
 
 def test_the_model_is_left_as_it_was() -> None:
@@ -228,6 +270,51 @@ def test_a_library_that_computes_otherwise_is_left_alone(fault: str, monkeypatch
         )
     assert parts(backend(model)) == {"LayerNorm"}
     assert not seen
+
+
+@pytest.mark.parametrize("what", ["activation", "mask", "scores"])
+def test_what_the_owner_changes_afterwards_counts(what: str) -> None:
+    model = made(act_fn="gelu_new")
+    fused, plain = backend(model), backend(model, fused=False)
+    before = plain.run(TOKENS, want="loss").loss
+    if what == "activation":
+        model.blocks[1].mlp.act_fn = torch.relu
+    elif what == "mask":
+        model.blocks[1].attn.apply_causal_mask = lambda scores, *args, **kwargs: scores
+    else:
+        model.blocks[1].attn.cfg.attn_scores_soft_cap = 0.5
+    expected = plain.run(TOKENS, want="loss").loss
+    assert not torch.allclose(expected, before, atol=1e-3)
+    assert torch.allclose(fused.run(TOKENS, want="loss").loss, expected, atol=1e-5)
+
+
+def test_inputs_by_head_are_fused_too() -> None:
+    model = made()
+    model.set_use_split_qkv_input(True)
+    fused = backend(model)
+    assert "Attention" in parts(fused)
+    assert_alike(fused, backend(model, fused=False))
+
+
+def test_half_precision_that_autocast_makes_rounds_each_step_of_gelu() -> None:
+    model = made(act_fn="gelu_new")
+    found = []
+    for fused in (True, False):
+        one = backend(model, fused=fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(one.run(TOKENS, read={"blocks.0.mlp.hook_post"}).held["blocks.0.mlp.hook_post"])
+    assert found[0].dtype == found[1].dtype
+    assert (found[0] - found[1]).float().norm() < 0.02 * found[1].float().norm()
+
+
+def test_caches_and_checkpoints_of_before_fit_where_it_is_not_chosen(tmp_path: Path) -> None:
+    config = saekit.load_config(run_config(tmp_path))
+    plugins, one = saekit.default_manager(), saekit.load_model("saekit/tiny-python")
+    corpus = Corpus.of(config.dataset, config.evals, None)
+    identity = run_identity(config, corpus, plugins, one)
+    assert set(identity["model.backend"]) == {"name", "from_pretrained_kwargs", "forward_kwargs"}
+    chosen = attrs.evolve(config, model=attrs.evolve(config.model, backend=HookedTransformerOptions(fused=True)))
+    assert run_identity(chosen, corpus, plugins, one)["model.backend"]["fused"] is True
 
 
 def test_outlines_have_no_fused_parts() -> None:

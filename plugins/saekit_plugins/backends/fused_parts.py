@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _INPUTS = ("query_input", "key_input", "value_input")
-_WIDTH_OF_A_TRY = 8  # positions
+_STEPS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
+_POSITIONS = 8  # of a try
 
 _Make: TypeAlias = "Callable[[Any], Mapping[str, Any]]"
 """Of a module, what attributes run it fused."""
@@ -23,27 +25,23 @@ _Make: TypeAlias = "Callable[[Any], Mapping[str, Any]]"
 
 @attrs.frozen(eq=False)
 class _Part:
-    """What can run fused while nothing is hooked at ``points``."""
+    """What can run fused while nothing is hooked at its inner points."""
 
     module: Any
-    points: tuple[str, ...]
     make: _Make
+    own: str
+    """The attribute that decides whether somebody has replaced what would be fused."""
     kind: object
     """Parts of one kind are computed alike."""
+    before: Any
+    """What the attribute was when the model was passed; None: the method of its class."""
 
-    def fused(self) -> Mapping[str, Any]:
-        """The attributes of the module that run it so while nobody looks inside, and as it is when somebody does: a
-        forward may be made inside another, with hooks of its own."""
-        found = self.make(self.module)
-        if "forward" not in found:
-            return found
-        forward, plain = found["forward"], self.module.forward
-
-        def either(*args: Any, **kwargs: Any) -> Any:
-            seen = any(is_hooked(getattr(self.module, point), ()) for point in self.points)
-            return (plain if seen else forward)(*args, **kwargs)
-
-        return {**found, "forward": either}
+    def is_as_before(self) -> bool:
+        """Whether nobody has replaced what would be fused, nor asked for more of it."""
+        attributes = vars(self.module)
+        if self.make is _attention and (any(step in attributes for step in _STEPS) or not _is_plain(self.module)):
+            return False
+        return attributes.get(self.own) is self.before
 
     def is_exact(self) -> bool:
         """Whether it computes, but for rounding, what the library's own code does, on a few numbers."""
@@ -57,7 +55,9 @@ class _Part:
                     for name, value in self.make(self.module).items():
                         _replace(undo, vars(self.module), name, value)
                     found = self.module.forward(*given)
-            except Exception:  # of a library that is another than is known here
+            except Exception as error:  # of a library that is another than is known here
+                if "out of memory" in str(error).lower():
+                    raise
                 return False
         close = {torch.float64: 1e-9, torch.float32: 1e-4}.get(expected.dtype, 0.05) * expected.abs().max()
         return expected.shape == found.shape and bool(((found - expected).abs() <= close).all())
@@ -73,8 +73,14 @@ class _Part:
 
         like, cfg = self._like, self.module.cfg
         width = getattr(self.module, "length", None) or cfg.d_model
-        waves = torch.arange(_WIDTH_OF_A_TRY * width, dtype=torch.float64).sin().view(1, _WIDTH_OF_A_TRY, width)
-        return [waves.to(like.device, cfg.dtype)] * (len(_INPUTS) if self.make is _attention else 1)
+        waves = torch.arange(_POSITIONS * width, dtype=torch.float64).sin().view(1, _POSITIONS, width)
+        waves = waves.to(like.device, cfg.dtype)
+        if self.make is not _attention:
+            return [waves]
+        if not (cfg.use_split_qkv_input or cfg.use_attn_in):
+            return [waves] * len(_INPUTS)
+        heads = [cfg.n_heads, *[getattr(cfg, "n_key_value_heads", None) or cfg.n_heads] * 2]
+        return [waves.unsqueeze(2).expand(-1, -1, each, -1) for each in heads]
 
 
 class FusedParts:
@@ -82,33 +88,58 @@ class FusedParts:
 
     transformer_lens makes each in many steps, so that every number in between passes a hook: attention scores are
     ``[b, head, t, t]``.  Where nobody has a hook there, they need not be made.  What is replaced is put back after each
-    forward, so that whoever has the model finds it as it was.  Each kind of part is tried on a few numbers first; one
-    that does not come to the same is left as it is.
+    forward, so that whoever has the model finds it as it was.  Each kind of part is tried on a few numbers, as soon as
+    no hook would see them; one that does not come to the same is left as it is.
     """
 
     def __init__(self, model: Any) -> None:
-        parts = [part for module in model.modules() if (part := _part(module)) is not None]
-        tried: dict[object, bool] = {}
-        for part in parts:
-            if part.kind not in tried and not any(is_hooked(point, ()) for point in part.module.modules()):
-                tried[part.kind] = part.is_exact()
-        self._parts = [part for part in parts if tried.get(part.kind)]
+        self._parts = [part for module in model.modules() if (part := _part(module)) is not None]
+        self._exact: dict[object, bool] = {}
+        self._try()
 
     def __len__(self) -> int:
-        return len(self._parts)
+        """How many parts run fused."""
+        return sum(self._exact.get(part.kind, False) for part in self._parts)
+
+    @property
+    def kinds(self) -> set[str]:
+        """The names of classes that run fused."""
+        return {type(part.module).__name__ for part in self._parts if self._exact.get(part.kind)}
+
+    def warn_if_none(self, name: str) -> None:
+        """:class:`RuntimeWarning` where there is nothing to gain in the model ``name``."""
+        if not len(self):
+            warnings.warn(
+                f"model.backend.fused does nothing for {name!r}: no attention, norm or GELU in it is known here "
+                "and free of hooks",
+                RuntimeWarning,
+                stacklevel=4,
+            )
 
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, parts of the model run fused."""
-        from torch.nn.modules import module as torch_module
-
-        parts = [] if torch_module._has_any_global_hook() else self._parts
+        self._try()
+        parts = [] if _all_are_watched() else self._parts
         with ExitStack() as undo:
             for part in parts:
-                if "forward" not in vars(part.module):  # of a forward around this one, or of somebody else
-                    for name, value in part.fused().items():
+                if self._exact.get(part.kind) and part.is_as_before():  # else of a forward around this one, or others'
+                    for name, value in part.make(part.module).items():
                         _replace(undo, vars(part.module), name, value)
             yield
+
+    def _try(self) -> None:
+        """Each kind that has not been tried, on a part without any hook."""
+        for part in self._parts:
+            free = part.kind not in self._exact and not _all_are_watched() and part.is_as_before()
+            if free and _is_free(*part.module.modules()):
+                self._exact[part.kind] = part.is_exact()
+
+
+def _all_are_watched() -> bool:
+    from torch.nn.modules import module as torch_module
+
+    return bool(torch_module._has_any_global_hook())
 
 
 def _replace(undo: ExitStack, attributes: dict[str, Any], name: str, value: object) -> None:
@@ -124,13 +155,18 @@ def _part(module: Any) -> _Part | None:
     if cls.__module__.partition(".")[0] != "transformer_lens" or any(p.is_meta for p in module.parameters()):
         return None
     name = cls.__name__
-    if name in ("Attention", "GroupedQueryAttention") and _is_plain(module):
-        return _Part(module, ("hook_attn_scores", "hook_pattern"), _attention, (cls, module.attn_type))
+    if name in ("Attention", "GroupedQueryAttention"):
+        return _Part(module, _attention, "forward", (cls, module.attn_type), None)
     if name in ("LayerNorm", "LayerNormPre", "RMSNorm", "RMSNormPre"):
-        return _Part(module, ("hook_scale", "hook_normalized"), _norm, cls)
-    if _has_gelu_new(module):
-        return _Part(module, (), _gelu, (cls, "gelu_new"))
+        return _Part(module, _norm, "forward", cls, None)
+    if getattr(function := vars(module).get("act_fn"), "__name__", "") == "gelu_new":
+        return _Part(module, _gelu, "act_fn", (cls, "gelu_new"), function)
     return None
+
+
+def _is_free(*points: Any) -> bool:
+    """Whether nobody looks at what passes ``points``: asked as late as can be, since hooks may come with a forward."""
+    return not any(is_hooked(point, ()) for point in points)
 
 
 # ---- attention
@@ -145,38 +181,54 @@ def _is_plain(module: Any) -> bool:
 
 
 def _attention(module: Any) -> Mapping[str, Any]:
-    plain = type(module).forward
+    """Its forward, and the steps that it calls.
+
+    Forwards may be made inside each other, by hooks at queries, say, and each is fused or not for itself: what it was
+    called with, and then whether somebody looks at its scores, decides.
+    """
+    cls = type(module)
+    calls: list[_Call] = []
 
     def forward(*inputs: Tensor, **options: Any) -> Tensor:
         others = [*inputs[len(_INPUTS) :], *(value for name, value in options.items() if name not in _INPUTS)]
-        # A cache, or padding, is left to the library's own steps.
-        steps = _steps(module) if all(value is None for value in others) else {}
-        with ExitStack() as undo:
-            for name, value in steps.items():
-                _replace(undo, vars(module), name, value)
-            found: Tensor = plain(module, *inputs, **options)
+        calls.append(_Call(fused=all(value is None for value in others)))  # not with a cache, or padding
+        try:
+            found: Tensor = cls.forward(module, *inputs, **options)
+        finally:
+            calls.pop()
         return found
 
-    return {"forward": forward}
-
-
-def _steps(module: Any) -> Mapping[str, Any]:
-    """What takes the place of an attention's own steps between queries and keys, and what comes of values."""
-    given: list[tuple[Tensor, Tensor]] = []
-
     def calculate_attention_scores(q: Tensor, k: Tensor) -> Tensor:
-        given.append((q, k))
+        call = calls[-1]
+        call.fused &= _is_free(module.hook_attn_scores, module.hook_pattern)
+        if not call.fused:
+            scores: Tensor = cls.calculate_attention_scores(module, q, k)
+            return scores
+        call.given = q, k
         return q.new_zeros(1, 1, 1, 1)  # what is made of it, nobody uses
 
-    def apply_causal_mask(scores: Tensor, *_: object, **__: object) -> Tensor:
-        return scores
+    def apply_causal_mask(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return scores if calls[-1].fused else cls.apply_causal_mask(module, scores, *args, **kwargs)
 
     def calculate_z_scores(v: Tensor, pattern: Tensor) -> Tensor:
-        q, k = given.pop()
-        z: Tensor = module.hook_z(_attended(module, q, k, v))
+        call = calls[-1]
+        if call.given is None:
+            z: Tensor = cls.calculate_z_scores(module, v, pattern)
+        else:
+            z = module.hook_z(_attended(module, *call.given, v))
         return z
 
-    return {step.__name__: step for step in (calculate_attention_scores, apply_causal_mask, calculate_z_scores)}
+    steps = (forward, calculate_attention_scores, apply_causal_mask, calculate_z_scores)
+    return {step.__name__: step for step in steps}
+
+
+@attrs.define(eq=False)
+class _Call:
+    """One forward of an attention."""
+
+    fused: bool
+    given: tuple[Tensor, Tensor] | None = None
+    """Queries and keys of one that is fused."""
 
 
 def _attended(module: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -207,10 +259,14 @@ def _norm(module: Any) -> Mapping[str, Any]:
     import torch
     from torch.nn.functional import layer_norm
 
-    dtype, full = module.cfg.dtype, module.cfg.dtype in (torch.float32, torch.float64)
-    centers, weighs = type(module).__name__.startswith("LayerNorm"), hasattr(module, "w")
+    cls, dtype = type(module), module.cfg.dtype
+    full = dtype in (torch.float32, torch.float64)
+    centers, weighs = cls.__name__.startswith("LayerNorm"), hasattr(module, "w")
 
     def forward(x: Tensor) -> Tensor:
+        if not _is_free(module.hook_scale, module.hook_normalized):
+            plain: Tensor = cls.forward(module, x)
+            return plain
         wide = x if full else x.to(torch.float32)
         if not centers:
             squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]
@@ -224,15 +280,15 @@ def _norm(module: Any) -> Mapping[str, Any]:
     return {"forward": forward}
 
 
-def _has_gelu_new(module: Any) -> bool:
+def _gelu(module: Any) -> Mapping[str, Any]:
     """In half precision each of its steps rounds, so there it stays."""
     import torch
-
-    function, dtype = vars(module).get("act_fn"), getattr(getattr(module, "cfg", None), "dtype", None)
-    return getattr(function, "__name__", "") == "gelu_new" and dtype in (torch.float32, torch.float64)
-
-
-def _gelu(module: Any) -> Mapping[str, Any]:
     from torch.nn.functional import gelu
 
-    return {"act_fn": lambda x: gelu(x, approximate="tanh")}
+    plain = module.act_fn
+
+    def act_fn(x: Tensor) -> Tensor:
+        found: Tensor = gelu(x, approximate="tanh") if x.dtype in (torch.float32, torch.float64) else plain(x)
+        return found
+
+    return {"act_fn": act_fn}

@@ -14,6 +14,7 @@ import attrs
 
 from saekit import ConfigError, Entry, ModelError, hookimpl
 from saekit.backends import Hooks, InsideBackend, ModuleBackend
+from saekit.config import LATER
 from saekit_plugins.backends.aliases import also_called
 from saekit_plugins.backends.bridge_loading import Processing, bridge_backend
 from saekit_plugins.backends.bridges import BridgeBackend
@@ -56,7 +57,7 @@ class HookedTransformerOptions:
     those about processing alone, and `revision`."""
     forward_kwargs: dict[str, Any] = attrs.field(factory=dict)
     """Passed to every forward of the model."""
-    fused: bool = False
+    fused: bool = attrs.field(default=False, metadata={LATER: True})
     """Run attention, norms and GPT-2's GELU by torch's fused functions where no hook is inside: the same but
     for rounding, and faster. Not with `model.compile`, nor with transformer_lens 4."""
 
@@ -83,6 +84,8 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
         self._fused = FusedParts(model) if fused else None
         self._may_be_fused = fused is False and self._compiled is None
         super().__init__(model, tokenizer=model.tokenizer, **known)
+        if self._fused is not None:
+            self._fused.warn_if_none(self.name)
         self._forward_kwargs = dict(forward_kwargs)
 
     def hook_names(self) -> Sequence[str]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
+
+import attrs
 
 from saekit.abilities import (
     AttachesHooks,
@@ -244,20 +247,24 @@ def states_processing(subject: Subject) -> None:
 
 @CHECKS.add
 def other_forwards(subject: Subject) -> None:
-    """Other ways of forwards, if it has any, give the same but for rounding, each under the option to write for it, and
-    leave the model as it was."""
+    """Other ways of forwards, if it has any, give the same but for rounding, each under an option of its own to write
+    for it, and leave the model as it was, after errors, too."""
     tried = Tried.of(subject)
     if not isinstance(backend := tried.backend, ForwardsOtherwise):
         raise NotTried("it has one way of forwards")
+    options = [f"model.backend.{name}=" for name in attrs.fields_dict(type(subject.options))]
     before, expected = state_of(subject.model), tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
     for line, way in backend.other_forwards().items():
-        option, _, value = line.partition("=")
-        must(option.startswith("model.") and bool(value), f"what to write is {line!r}, expected model.OPTION=VALUE")
+        known = any(line.startswith(option) and len(line) > len(option) for option in options)
+        must(known, f"what to write is {line!r}, expected {' or '.join(options) or 'an option, which it has not'}")
         with way():
             found = tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
         for name in tried.hooks:
             must_agree(f"what {name!r} holds with {line}", found.held[name], expected.held[name], 1e-4)
         must_agree(f"the loss with {line}", found.loss, expected.loss, 1e-4)
+        with contextlib.suppress(_Deliberate), way():
+            raise _Deliberate
         again = tried.backend.run(tried.tokens, read={*tried.hooks}, want="loss")
         must_be_equal(f"what is held after {line}", dict(again.held), dict(expected.held))
+        must_be_equal(f"the loss after {line}", again.loss, expected.loss)
     must_be_equal("of the model, after other ways", state_of(subject.model), before)

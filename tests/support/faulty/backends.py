@@ -361,11 +361,13 @@ class Sidestepping(FakeBackend):
     @contextmanager
     def aside(self) -> Iterator[None]:
         self.scale = self.factor
-        yield
-        self.scale = 1.0
+        try:
+            yield
+        finally:
+            self.scale = 1.0
 
     def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
-        return {"model.backend.aside=true": self.aside}
+        return {"model.backend.value=1": self.aside}
 
 
 class Sidling(Sidestepping):
@@ -374,13 +376,30 @@ class Sidling(Sidestepping):
     factor = 1.000001
 
 
+class Unwritten(Sidling):
+    """Tells of an option that it has not."""
+
+    def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
+        return {"model.backend.aside=true": self.aside}
+
+
+class Sticking(Sidling):
+    """Goes on another way after an error."""
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        self.scale = self.factor
+        yield
+        self.scale = 1.0
+
+
 CASES = cases(
     "model_backends",
     {
         "build": (r"which lacks hook_names\(\)", of(Unhooked)),
         "values": ("d_vocab is 0, expected a whole number above 0", of(NoSizes)),
         "early_stop": ("the forward goes on to 'blocks.1.hook_resid_post' after 'hook_embed'", of(Thorough)),
-        "other_forwards": ("the loss with model.backend.aside=true: off by", of(Sidestepping)),
+        "other_forwards": ("the loss with model.backend.value=1: off by", of(Sidestepping)),
         "activations": ("what 'hook_embed' holds, read alone,: off by", of(Looking)),
         "one_context": ("the loss of one context: off by", of(Crowded)),
         "loss": ("the loss: off by 1 of the largest number", of(Doubled)),

@@ -69,8 +69,8 @@ BENCHES = (
     Bench(
         "end_to_end",
         (
-            Part("--only runs --shape topk-512 --tokens 81920 --rounds 1", 135),
-            Part("--only runs --shape standard-128 --tokens 131072 --rounds 2", 30),
+            Part("--only runs --shape topk-512 --tokens 81920 --rounds 1", 195),
+            Part("--only runs --shape standard-128 --tokens 131072 --rounds 2", 40),
         ),
     ),
     Bench("checkpoint", (Part("--rounds 3", 30),)),
@@ -85,7 +85,7 @@ BENCHES = (
     Bench("live", (Part("--only forward peer --rounds 1 --peer-buffer 8", 35),)),
     Bench("cached", (Part("--looking", 30),)),
     Bench("load", (Part("--gigabytes 0.25 --rounds 2 --only saekit", 25),)),
-    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 1", 25),)),
+    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 1", 32),)),
     Bench("splice", (Part("--only HookedTransformer --rounds 1 --forwards 2", 20),)),
     Bench("growth", (Part("--widths 4096 --batches --rounds 1", 15),)),
     Bench("tokenizing", (Part("--processes 1 --model 0 --contexts 1024 --rounds 1", 10),)),

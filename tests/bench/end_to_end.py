@@ -143,11 +143,10 @@ def measure(shape: Shape, tokens: int, rounds: int) -> None:
     name = f"sae-lens {version('sae-lens')}"
     cases = {name: peer(shape, model, Dataset.from_list(records), tokens)} if PEER else {}
     beside = {}
-    for saes in (1, 4) if shape.four else (1,):
-        for advised in (False, True):
-            case = "saekit" + ", four SAEs" * (saes == 4) + ", as advised" * advised
-            cases[case] = own(shape, model, records, tokens, saes=saes, advised=advised)
-            beside[case] = saes
+    for saes, advised in ((1, False), (1, True), *[(4, True)] * shape.four):
+        case = "saekit" + ", four SAEs" * (saes == 4) + ", as advised" * advised
+        cases[case] = own(shape, model, records, tokens, saes=saes, advised=advised)
+        beside[case] = saes
     times = Times(cases, rounds)
     title = f"{shape.title}, {tokens:,} tokens, from configuration to saved SAE"
     print(title)

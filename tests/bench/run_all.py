@@ -69,7 +69,7 @@ BENCHES = (
     Bench(
         "end_to_end",
         (
-            Part("--only runs --shape topk-512 --tokens 81920 --rounds 1", 195),
+            Part("--only runs --shape topk-512 --tokens 73728 --rounds 1", 125),
             Part("--only runs --shape standard-128 --tokens 131072 --rounds 2", 40),
         ),
     ),
@@ -85,7 +85,7 @@ BENCHES = (
     Bench("live", (Part("--only forward peer --rounds 1 --peer-buffer 8", 35),)),
     Bench("cached", (Part("--looking", 30),)),
     Bench("load", (Part("--gigabytes 0.25 --rounds 2 --only saekit", 25),)),
-    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 1", 32),)),
+    Bench("backends", (Part("--contexts 128 --widths 512 --rounds 1", 28),)),
     Bench("splice", (Part("--only HookedTransformer --rounds 1 --forwards 2", 20),)),
     Bench("growth", (Part("--widths 4096 --batches --rounds 1", 15),)),
     Bench("tokenizing", (Part("--processes 1 --model 0 --contexts 1024 --rounds 1", 10),)),

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import saekit_plugins
 
 TOKENIZER = Path(saekit_plugins.__file__).parent / "backends" / "tiny_python"
@@ -109,6 +110,7 @@ def run_command(line: str) -> None:
     words += ["--port", "0"] if "--serve" in words else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_looked_at_once())
+        stack.enter_context(_little_shown())
         if target is not None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(target.open("w"))))
         stack.enter_context(warnings.catch_warnings())
@@ -138,6 +140,17 @@ def _looked_at_once() -> Iterator[None]:
         yield
     finally:
         serving.serve = real
+
+
+@contextlib.contextmanager
+def _little_shown() -> Iterator[None]:
+    """The demo looks for features in little text."""
+    from saekit.commands import demo
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_CONTEXTS", 48)
+        patch.setattr(demo, "_CONTEXTS_SHOWN", 16)
+        yield
 
 
 def prepare(folder: Path) -> None:

@@ -275,7 +275,7 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
             env=os.environ | SERVER, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    whole, chance, at = start("whole", "run.toml"), random.Random(7), list[int]()
+    whole, chance, at = start("whole", "run.toml", cold=False), random.Random(7), list[int]()
     command, run = ["run.toml"], tmp_path / "killed/runs/run"
     for kill in range(3):
         process = start("killed", *command, cold=kill == 1)

@@ -85,7 +85,7 @@ def serve() -> None:
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whatever is loaded late is loaded now
         train(setup("warm-up sweep", ""))
     assert threading.active_count() == 1
-    for line in open(pipe, encoding="utf-8"):  # noqa: SIM115
+    for line in Path(pipe).open(encoding="utf-8"):  # noqa: SIM115
         order = json.loads(line)
         child = os.fork()
         if not child:

@@ -214,20 +214,8 @@ def test_links_lead_somewhere() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("sphinx") is None, reason="Sphinx is not installed")
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "sphinx",
-        "-q",
-        "-W",
-        "-b",
-        "html",
-        "-d",
-        tmp_path / "trees",
-        DOCS,
-        tmp_path / "html",
-    ]
-    found = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    command = ["-m", "sphinx", "-q", "-W", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path / "html"]
+    found = warm.python(*command)
     assert found.returncode == 0, found.stderr
     pages = {
         path.name.partition(".")[0]: path.read_text(encoding="utf-8") for path in tmp_path.glob("html/reference/*.html")
@@ -242,7 +230,7 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     for registry in saekit.default_manager().registries.values():
         for config in (item.entry.config for item in registry.items if item.distribution == "saekit"):
             assert f'id="{config.__module__}.{config.__name__}"' in pages["api-options"]
-    commands = subprocess.run([sys.executable, "-c", COMMANDS], capture_output=True, text=True, check=True).stdout
+    commands = warm.python("-c", COMMANDS, light=True).stdout
     assert "saekit cache verify" in commands.splitlines()
     assert pages["cli"].count('class="highlight-sh') == len(commands.splitlines()) + 1, "each has examples"
     assert [name for name in commands.splitlines() if f'href="#{name.replace(" ", "-")}"' not in pages["cli"]] == []

@@ -63,6 +63,7 @@ class PluginManager:
     def __init__(self, *, discover: bool = True, disabled: Iterable[str] | None = None) -> None:
         self._pluggy = pluggy.PluginManager("saekit")
         self._pluggy.add_hookspecs(hookspecs)
+        self._plugins: dict[str, object] = {}
         self.registries = {name: Registry(kind) for name, kind in KINDS.items()}
         self.failures: list[Failure] = []
         self.notes: list[Note] = []
@@ -97,6 +98,15 @@ class PluginManager:
             else:
                 self._fail(plugin, point.version, reason)
 
+    def copy(self) -> PluginManager:
+        """Another one with the same plugins, which need not be looked at again; to each, others can be added."""
+        other = PluginManager(discover=False, disabled=self._disabled)
+        other._plugins = dict(self._plugins)
+        for name, registry in self.registries.items():
+            other.registries[name].items = list(registry.items)
+        other.failures, other.notes, other.blocked = list(self.failures), list(self.notes), list(self.blocked)
+        return other
+
     def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
         """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it.
 
@@ -116,19 +126,21 @@ class PluginManager:
 
     def _taken_in(self, plugin: object, full_name: str) -> tuple[list[tuple[Kind[Any], Entry]], list[Registered]]:
         """A plugin's entries by kind, checked, and the entries that must give way; raising, nothing of it stays."""
-        if self._pluggy.has_plugin(full_name) or self._pluggy.is_registered(plugin):
+        if full_name in self._plugins or any(plugin is other for other in self._plugins.values()):
             raise PluginError(f"the plugin {full_name} is already registered")
         try:
             self._pluggy.register(plugin, name=full_name)
             check_hook_names(plugin)
             entries = self._entries(plugin)
-            return entries, [item for kind, entry in entries for item in self._evicted(kind, entry)]
+            evicted = [item for kind, entry in entries for item in self._evicted(kind, entry)]
         except BaseException as error:
             if self._pluggy.has_plugin(full_name):
                 self._pluggy.unregister(name=full_name)
             if isinstance(error, pluggy.PluginValidationError):
                 raise PluginError(str(error).replace("\n", " ")) from error
             raise
+        self._plugins[full_name] = plugin
+        return entries, evicted
 
     def _include(
         self,
@@ -180,8 +192,9 @@ class PluginManager:
         """Leave out the whole plugin of ``item``."""
         for registry in self.registries.values():
             registry.items = [other for other in registry.items if other.plugin != item.plugin]
-        if self._pluggy.has_plugin(item.plugin):
-            self._pluggy.unregister(name=item.plugin)
+        if self._plugins.pop(item.plugin, None) is not None:
+            if self._pluggy.has_plugin(item.plugin):  # not what a copy has from another
+                self._pluggy.unregister(name=item.plugin)
             self._fail(item.plugin, item.version, reason)
 
     def _fail(self, plugin: str, version: str, reason: str) -> None:

@@ -8,6 +8,7 @@ to go on from.  To see what can be gone on from needs no torch.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -340,7 +341,8 @@ def set_aside(run: Path, newest: Checkpoint) -> None:
     for path in all_checkpoints(run):
         if path == newest.folder:
             return
-        names = (path.with_name(f"{path.name}.damaged{number}") for number in ("", *map("-{}".format, range(2, 10**6))))
+        numbers = itertools.chain([""], map("-{}".format, itertools.count(2)))
+        names = (path.with_name(f"{path.name}.damaged{number}") for number in numbers)
         aside = next(name for name in names if not os.path.lexists(name))
         try:
             path.rename(aside)

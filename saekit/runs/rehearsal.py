@@ -103,7 +103,7 @@ class Rehearsal:
     deadline: Deadline
     buffer: ShuffleBuffer | None
     """What forwards are mixed in; None: what is read are batches."""
-    seconds: float = _SECONDS
+    seconds: float
     first: Callable[[Mapping[str, float | Histogram]], object] = lambda metrics: None
     """Is told of the first step's metrics."""
     given: list[float] = attrs.field(factory=list, init=False)
@@ -265,7 +265,8 @@ def rehearsed(
     batch = min(trainer.training.train_batch_size_tokens, trainer.training.total_tokens)
     n = len(begun := first.given())
     mixed = _buffer_for(begun, batch + forward) if forward else None
-    turns = Rehearsal(rows if mixed else _Before(begun, rows), trainer, deadline, mixed and mixed(), first=look)
+    source = rows if mixed else _Before(begun, rows)
+    turns = Rehearsal(source, trainer, deadline, mixed and mixed(), seconds=_SECONDS, first=look)
     if turns.buffer is not None:
         turns.buffer.add(begun)
     del begun

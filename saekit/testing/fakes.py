@@ -23,9 +23,7 @@ def isolated_manager(*plugins: object, distribution: str = "test", builtins: boo
     The plugins appear as coming from ``distribution``.  With ``builtins``, saekit's own plugins are there too, and
     nobody else's.
     """
-    manager = PluginManager(discover=False)
-    if builtins:
-        _register_builtins(manager)
+    manager = _builtins().copy() if builtins else PluginManager(discover=False)
     for number, plugin in enumerate(plugins):
         name = getattr(plugin, "__name__", type(plugin).__name__)
         manager.register(
@@ -34,13 +32,17 @@ def isolated_manager(*plugins: object, distribution: str = "test", builtins: boo
     return manager
 
 
-def _register_builtins(manager: PluginManager) -> None:
+@functools.cache
+def _builtins() -> PluginManager:
+    """Looked at once in a process: suites ask for them hundreds of times."""
     from importlib.metadata import distribution
 
+    manager = PluginManager(discover=False)
     own = distribution("saekit")
     version = own.version  # each time it is asked for, it is read from a file
     for point in sorted(own.entry_points.select(group="saekit"), key=lambda point: point.name):
         manager.register(point.load(), name=point.name, distribution="saekit", version=version)
+    return manager
 
 
 def plugin_of(kind: Kind[Any] | str, *entries: Entry) -> object:

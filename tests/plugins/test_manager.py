@@ -277,3 +277,15 @@ def test_builtins_alone() -> None:
     manager = isolated_manager(fake_plugin(KIND), builtins=True)
     assert manager.get(KIND, "cosine").key == "saekit:cosine"
     assert manager.get(KIND, "fake").key == "test:fake"
+
+
+def test_what_is_added_to_a_copy_is_not_in_the_other() -> None:
+    first = isolated_manager(fake_plugin(KIND, "shared"))
+    other = first.copy()
+    other.register(fake_plugin(KIND, "added"), name="added", distribution="more")
+    assert [[item.key for item in one.registry(KIND).items] for one in (first, other)] == [
+        ["test:shared"],
+        ["test:shared", "more:added"],
+    ]
+    with pytest.raises(PluginError, match="already registered"):
+        other.register(fake_plugin(KIND, "again"), name=first.registry(KIND).items[0].plugin[5:], distribution="test")

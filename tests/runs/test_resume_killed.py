@@ -1,7 +1,7 @@
 """A run that is killed again and again, at any moment at all, ends as one that nobody touched.
 
 ``SAEKIT_RESUME_TRIALS=200 pytest tests/runs/test_resume_killed.py -s`` kills far more often.  Run as a program, this
-file is the process that runs are forked from: imports, which take seconds, are made once.
+file is the process that runs are forked from, itself a fork of one that has imported what takes seconds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import caches, warm
 from support.runs import EVERYTHING, HOOKS, SOURCES, contents, fake_config, manager, resume, train
 from support.tiny import run_config
@@ -76,12 +77,15 @@ def run_in(folder: Path) -> Path:
 
 
 def serve() -> None:
-    """For each line of the input, a run in a child that is killed in time; its end is a line of the output."""
+    """For each line of the pipe, a run in a child that is killed in time; its end is a line of the output."""
+    pipe, said = sys.argv[1:]
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    torch.set_num_threads(1)  # others would not be in the forks
     warnings.filterwarnings("ignore", message=".*wrong site, scale or model")  # after these few steps
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # whatever is loaded late is loaded now
         train(setup("warm-up sweep", ""))
     assert threading.active_count() == 1
-    for line in sys.stdin:
+    for line in Path(pipe).open(encoding="utf-8"):  # noqa: SIM115
         order = json.loads(line)
         child = os.fork()
         if not child:
@@ -144,36 +148,33 @@ def run(order: dict[str, Any]) -> None:
 class Server:
     """The process, and what is asked of it."""
 
-    def __init__(self, cache: Path) -> None:
-        command = [sys.executable, "-W", "error", __file__]
+    def __init__(self, folder: Path, cache: Path) -> None:
         places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-        self._cache = str(cache)
-        self._process = subprocess.Popen(
-            command,
-            env=os.environ | SERVER | {"PYTHONPATH": places},
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        )
+        self._cache, self._said = str(cache), folder / "said.txt"
+        os.mkfifo(folder / "orders")
+        environment = os.environ | SERVER | {"PYTHONPATH": places}
+        self._process = warm.Popen("-W", "error", __file__, folder / "orders", self._said, env=environment)
+        # Not only for writing: that would wait for a reader for ever where it fails before it is one.
+        self._orders = os.fdopen(os.open(folder / "orders", os.O_RDWR), "w", encoding="utf-8")
 
     def __call__(
         self, folder: Path, setup: str, *, resume: bool, kill_after: float | None = None, kill_at: int | None = None
     ) -> bool:
         """Whether the run was killed; that it failed in any other way is an error."""
         order = {"folder": str(folder), "setup": setup, "resume": resume, "kill_after": kill_after, "kill_at": kill_at}
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps(order | {"cache": self._cache}) + "\n")
-        stdin.flush()
-        answer = json.loads(stdout.readline())
+        self._orders.write(json.dumps(order | {"cache": self._cache}) + "\n")
+        self._orders.flush()
+        line = self._process.stdout.readline()
+        assert line, self._said.read_text()
+        answer = json.loads(line)
         failure = folder / "failure.txt"
         assert answer["killed"] or not answer["code"], failure.read_text() if failure.exists() else answer
         return bool(answer["killed"])
 
     def close(self) -> None:
-        self._process.communicate()
-        assert not self._process.returncode
+        self._orders.close()
+        self._process.communicate(timeout=60)
+        assert not self._process.returncode, self._said.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("cache")
     run = caches.config(folder)
     caches.cache(run, sites=[{"hook_name": HOOKS[1]}])
-    running = Server(folder / "cache")
+    running = Server(folder, folder / "cache")
     yield running
     running.close()
 
@@ -275,7 +276,7 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
             env=os.environ | SERVER, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    whole, chance, at = start("whole", "run.toml"), random.Random(7), list[int]()
+    whole, chance, at = start("whole", "run.toml", cold=False), random.Random(7), list[int]()
     command, run = ["run.toml"], tmp_path / "killed/runs/run"
     for kill in range(3):
         process = start("killed", *command, cold=kill == 1)

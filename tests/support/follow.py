@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import attrs
+import pytest
 import saekit_plugins
 
 TOKENIZER = Path(saekit_plugins.__file__).parent / "backends" / "tiny_python"
@@ -109,6 +110,7 @@ def run_command(line: str) -> None:
     words += ["--port", "0"] if "--serve" in words else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_looked_at_once())
+        stack.enter_context(_made_short())
         if target is not None:
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(target.open("w"))))
         stack.enter_context(warnings.catch_warnings())
@@ -138,6 +140,19 @@ def _looked_at_once() -> Iterator[None]:
         yield
     finally:
         serving.serve = real
+
+
+@contextlib.contextmanager
+def _made_short() -> Iterator[None]:
+    """The demo looks for features in little text, and a plan times a few batches."""
+    from saekit.commands import demo
+    from saekit.runs import rehearsal
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "_CONTEXTS", 48)
+        patch.setattr(demo, "_CONTEXTS_SHOWN", 16)
+        patch.setattr(rehearsal, "_SECONDS", 0.5)
+        yield
 
 
 def prepare(folder: Path) -> None:

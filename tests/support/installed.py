@@ -63,13 +63,14 @@ def built_wheel(folder: Path) -> Path:
 
 def fresh_environment(folder: Path, *projects: Path) -> tuple[Path, Path, dict[str, str]]:
     """An environment in ``folder`` with ``projects`` (folders or wheels): its Python, its packages, its variables."""
-    venv.create(folder / "env", with_pip=True, symlinks=True)
+    venv.create(folder / "env", with_pip=False, symlinks=True)  # pip of this environment does for it
     python = folder / "env" / "bin" / "python"
     # torch and the like come from this environment instead of being downloaded again: a path in a .pth file adds its
     # packages behind the fresh ones, and does not run the .pth file that makes saekit importable from the checkout.
     (fresh,) = (folder / "env").glob("lib/python*/site-packages")
     (fresh / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run(python, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--no-index",
-        "--ignore-installed", "--disable-pip-version-check", *projects, cwd=folder, env=environment)  # fmt: skip
+    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation",
+        "--no-index", "--ignore-installed", "--disable-pip-version-check", *projects,
+        cwd=folder, env=environment)  # fmt: skip
     return python, fresh, environment

@@ -17,7 +17,6 @@ RANDOM = ("Python's random numbers", "NumPy's random numbers", "torch's random n
 
 def surroundings(packages: Sequence[str] = ()) -> dict[str, Any]:
     """By what they are called.  ``packages`` may set variables of the environment that begin with their names."""
-    import numpy as np
     import torch
 
     others = (*_OF_TORCH, *(package.upper() for package in packages))
@@ -27,14 +26,21 @@ def surroundings(packages: Sequence[str] = ()) -> dict[str, Any]:
         "sys.path": list(sys.path),
         "signal handlers": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
         RANDOM[0]: random.getstate(),
-        RANDOM[1]: str(np.random.get_state()),
-        RANDOM[2]: torch.random.get_rng_state().tolist(),
+        RANDOM[1]: _of_numpy(),
+        RANDOM[2]: torch.random.get_rng_state().numpy().tobytes(),
         "torch's default dtype": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
         "torch's grad mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "torch's deterministic mode": torch.are_deterministic_algorithms_enabled(),
         "the number of torch's threads": torch.get_num_threads(),
     }
+
+
+def _of_numpy() -> tuple[Any, ...]:
+    import numpy as np
+
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    return kind, np.asarray(keys).tobytes(), *rest
 
 
 def changed(before: dict[str, Any], packages: Sequence[str] = (), *, random_too: bool) -> list[str]:

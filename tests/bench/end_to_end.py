@@ -60,7 +60,8 @@ SHAPES = {
 def own_config(shape: Shape, tokens: int, folder: str) -> dict[str, Any]:
     config = settings(shape.hook, {"store_batch_size_prompts": PROMPTS, "n_batches_in_buffer": BUFFER})
     config["sae"] = {**shape.sae, "d_sae": shape.d_sae}
-    config["training"] |= {"training_tokens": tokens, "verbose": False}
+    # As in sae-lens; by default it is a tenth of so short a run, in which AuxK would teach dead features from then on.
+    config["training"] |= {"training_tokens": tokens, "verbose": False, "dead_feature_window": 1000}
     config["checkpoints"] = {"folder": folder, "keep_last": 0}
     return config
 

@@ -65,9 +65,12 @@ def run_identity(config: TrainConfig, corpus: Corpus, plugins: PluginManager, ba
 
 def _options(options: Any, plugins: PluginManager) -> dict[str, Any]:
     """A backend's, of which those that came :data:`LATER` are there only where they are chosen."""
-    later = {field.name for field in attrs.fields(type(options)) if field.metadata.get(LATER)}
-    plain, usual = plain_config(options, plugins), plain_config(type(options)(), plugins) if later else {}
-    return {name: value for name, value in plain.items() if name not in later or value != usual[name]}
+    usual = {
+        field.name
+        for field in attrs.fields(type(options))
+        if field.metadata.get(LATER) and getattr(options, field.name) == field.default
+    }
+    return {name: value for name, value in plain_config(options, plugins).items() if name not in usual}
 
 
 def _chosen(config: TrainConfig, corpus: Corpus, backend: ModelBackend) -> dict[str, Any]:

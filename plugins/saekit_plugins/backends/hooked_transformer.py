@@ -174,8 +174,10 @@ class TransformerLensBackend(ModuleBackend, InsideBackend):
 
     def other_forwards(self) -> Mapping[str, Callable[[], AbstractContextManager[None]]]:
         """See :class:`saekit.abilities.ForwardsOtherwise`."""
-        parts = FusedParts(self.model) if self._may_be_fused else ()
-        return {"model.backend.fused=true": parts.at_work} if isinstance(parts, FusedParts) and len(parts) else {}
+        if not self._may_be_fused:
+            return {}
+        parts = FusedParts(self.model)
+        return {"model.backend.fused=true": parts.at_work} if len(parts) else {}
 
     def begins(self, tell: Callable[[Tensor | None, int], Callable[[], None] | None]) -> AbstractContextManager[None]:
         embedding = "embedding" if hasattr(self.model, "embedding") else "embed"  # a Mamba's, or a transformer's

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import signal
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import saekit_plugins.trackers.jsonl as jsonl_module
 from support import warm
 from support.runs import contents, fake_config, manager, resume, stopped, train
 from support.trackers import SOON, Recorder, Uploader, raises, waits
@@ -294,6 +297,42 @@ def test_jsonl_whose_file_is_removed_says_so(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"metrics.jsonl was removed while the run was writing to it"):
         tracker.log({}, 2)
     tracker.close()
+
+
+@pytest.mark.parametrize("room", [0, 10, 30], ids=["none", "for a part", "for a line"])
+def test_jsonl_waits_for_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
+    left = [10_000]
+
+    class Disk(io.FileIO):
+        def write(self, data: Any) -> int:
+            if not left[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            written = super().write(bytes(data[: left[0]]))
+            left[0] -= written
+            return written
+
+    def on(tracker: Any) -> Any:
+        tracker._file.close()
+        tracker._file = Disk(tracker._path, "ab")
+        return tracker
+
+    tracker = on(jsonl(tmp_path))
+    tracker.log({"loss": 0.5}, 1)
+    left[0] = room
+    tracker.log({"loss": 0.25}, 2)
+    tracker.log({"loss": 0.125}, 3)
+    left[0] = 10_000
+    tracker.log({"loss": 0.0625}, 4)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 0.5), (2, 0.25), (3, 0.125), (4, 0.0625)]
+
+    left[0] = 0
+    tracker.log({}, 5)
+    monkeypatch.setattr(jsonl_module, "_UNWRITTEN", 100)
+    with pytest.raises(OSError, match="No space left"):
+        tracker.log({str(i): 0.1 for i in range(10)}, 6)
+    with pytest.raises(OSError, match="No space left"):
+        tracker.close()
 
 
 def test_jsonl_tidies_up_after_itself_alone(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -22,6 +23,9 @@ from saekit.values import Histogram, Metrics
 _TAKEN = {"wandb", "wandb-run-id.txt"}
 """What else there may be in a run folder."""
 _LONGEST = 200
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITTEN = 16 << 20
+"""So many bytes may wait for room on a full disk."""
 _MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker
 
 
@@ -42,13 +46,17 @@ class JsonlConfig:
 
 
 class JsonlTracker:
-    """Every line is flushed, so that a killed run keeps what it logged."""
+    """Every line is written at once, so that a killed run keeps what it logged.
+
+    On a full disk, lines wait for room: a checkpoint that does not fit fills the disk only until it is given up.
+    """
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
         self._path = run.file(config.file)
         self._resumed_at = run.resumed_at
         before, self._there = (0.0, set[bytes]()) if run.resumed_at is None else _cut_back(self._path, run.resumed_at)
-        self._file = self._path.open("a", encoding="utf-8", newline="\n")
+        self._file = self._path.open("ab", buffering=0)
+        self._unwritten = bytearray()
         self._counts_links = bool(os.fstat(self._file.fileno()).st_nlink)  # some file systems do not
         self._start = time.monotonic() - before
 
@@ -63,11 +71,20 @@ class JsonlTracker:
         if self._counts_links and not os.fstat(self._file.fileno()).st_nlink:
             raise OSError(f"{self._path} was removed while the run was writing to it")
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **plain}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(line).encode() + b"\n"
+        try:
+            self._write()
+        except OSError as error:
+            if error.errno not in _FULL or len(self._unwritten) > _UNWRITTEN:
+                raise
+
+    def _write(self) -> None:
+        while self._unwritten:  # a file takes what there is room for, which may be a part of a line
+            del self._unwritten[: self._file.write(self._unwritten)]
 
     def close(self) -> None:
-        self._file.close()
+        with self._file:
+            self._write()
 
 
 def _plain(value: float | Histogram) -> Any:

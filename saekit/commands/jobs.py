@@ -21,6 +21,7 @@ from saekit.config.files import load_config, load_configs
 from saekit.distributed.launched import Launched, check_layout, check_mesh, refuse_several
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
+from saekit.garbage import uncollected
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
 from saekit.runs.planned import Plan, cannot_run
@@ -81,8 +82,8 @@ def train(
     check_layout(configs[0].distributed, len(configs))
     preflight.of_training(configs, plugins, model, dataset, alone=alone).raise_any()
     with _status(configs) as say:
-        from saekit.runs.run import begin
-
+        with uncollected():
+            from saekit.runs.run import begin
         return begin(configs, plugins, model, dataset, alone=alone, say=say)
 
 
@@ -121,8 +122,8 @@ def resume(
             configs = list(resumption.configs.values())
             preflight.of_resume(configs, plugins, model, dataset, begun=begun).raise_any()
             with _status(configs) as say:
-                from saekit.runs.run import go_on
-
+                with uncollected():
+                    from saekit.runs.run import go_on
                 try:
                     return go_on(resumption, plugins, model, dataset, say)
                 except UnusableCheckpointError as error:  # the one before it, in a session that has seen none

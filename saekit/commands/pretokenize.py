@@ -38,6 +38,7 @@ from saekit.data.text import Documents
 from saekit.data.vocabulary import Vocabulary
 from saekit.errors import DataError, ModelError, StorageError
 from saekit.files.storage import new_folder
+from saekit.garbage import uncollected
 from saekit.hub import within_reach
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
@@ -78,8 +79,8 @@ def write_contexts(
     config: PretokenizeConfig, plugins: PluginManager, model: object | None, dataset: object | None
 ) -> Pretokenized:
     """The work of :func:`saekit.pretokenize`."""
-    from datasets import Dataset
-
+    with uncollected():
+        from datasets import Dataset
     check_target(config)
     corpus = Corpus.of(config.dataset, EvalsConfig(), dataset)
     tokenizer, documents = _opened(config, plugins, model, corpus)
@@ -146,8 +147,8 @@ def _opened(
 
 
 def _named_tokenizer(name: str) -> Any:
-    from transformers import AutoTokenizer
-
+    with uncollected():
+        from transformers import AutoTokenizer
     with within_reach(unless=name):
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False)

@@ -15,6 +15,7 @@ from saekit.data.in_memory import in_memory_records, may_be_on_hub
 from saekit.data.reader import DocumentReader, Owners, is_int
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
+from saekit.garbage import uncollected
 from saekit.hub import within_reach
 from saekit.reasons import reason
 
@@ -265,8 +266,8 @@ def is_saved_to_disk(path: Path) -> bool:
 
 
 def _saved_to_disk(path: Path, split: str, another: bool) -> Any:
-    from datasets import load_from_disk
-
+    with uncollected():
+        from datasets import load_from_disk
     try:
         loaded = load_from_disk(str(path))
     except Exception as error:  # whatever a damaged file of the folder makes the library stumble on
@@ -321,8 +322,8 @@ class _TextFile:
 
 
 def _load(path: str, name: str | None, **options: Any) -> Any:
-    from datasets import load_dataset
-
+    with uncollected():
+        from datasets import load_dataset
     try:
         return load_dataset(path, name, **options)
     except Exception as error:  # the library raises a dozen unrelated types for what is one thing here

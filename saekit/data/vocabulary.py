@@ -11,6 +11,7 @@ import attrs
 
 from saekit.abilities import HasTokenizer
 from saekit.errors import SaekitError
+from saekit.garbage import uncollected
 from saekit.protocols import ModelBackend
 
 __all__ = ["Vocabulary", "tokenizer_here"]
@@ -96,8 +97,8 @@ class Vocabulary:
 
 def tokenizer_here(name: str) -> Vocabulary | None:
     """That of the Hugging Face tokenizer of that name, if it is on this machine; the Hub is not asked."""
-    from transformers import AutoTokenizer
-
+    with uncollected():
+        from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
         return Vocabulary.of_tokenizer(tokenizer)

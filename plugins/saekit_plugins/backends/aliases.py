@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from saekit.garbage import uncollected
+
 __all__ = ["also_called"]
 
 
@@ -10,7 +12,7 @@ def also_called(*names: str) -> set[str]:
 
     ``gpt2`` is ``gpt2-small``, too.
     """
-    from transformer_lens.supported_models import MODEL_ALIASES
-
+    with uncollected():
+        from transformer_lens.supported_models import MODEL_ALIASES
     families = [{official, official.split("/")[-1], *others} for official, others in MODEL_ALIASES.items()]
     return set(names).union(*(family for family in families if family & set(names)))

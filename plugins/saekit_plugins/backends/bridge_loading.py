@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit import ModelError
+from saekit.garbage import uncollected
 from saekit.reasons import reason
 from saekit_plugins.backends.bridges import BridgeBackend
 from saekit_plugins.backends.lens_versions import near_names, official_name
@@ -167,8 +168,8 @@ def _booted(causal_lm: Any, model: ModelConfig, tokenizer: Any, device: str) -> 
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of names that the library's dependencies have deprecated
-        from transformer_lens.model_bridge import TransformerBridge
-
+        with uncollected():
+            from transformer_lens.model_bridge import TransformerBridge
         try:
             bridge: Any = TransformerBridge.boot_transformers(
                 official_name(model.name),

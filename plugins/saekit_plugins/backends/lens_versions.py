@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import version
 
+from saekit.garbage import uncollected
+
 __all__ = ["has_hooked_transformer", "is_known", "lens_version", "near_names", "official_name"]
 
 
@@ -22,14 +24,14 @@ def official_name(name: str) -> str:
     """What the Hub calls a model that transformer_lens has another name for."""
     if "/" in name:
         return name
-    from transformer_lens.supported_models import MODEL_ALIASES
-
+    with uncollected():
+        from transformer_lens.supported_models import MODEL_ALIASES
     return next((official for official, others in MODEL_ALIASES.items() if name in others), name)
 
 
 def _known(others: tuple[str, ...]) -> set[str]:
-    from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
-
+    with uncollected():
+        from transformer_lens.supported_models import MODEL_ALIASES, OFFICIAL_MODEL_NAMES
     return {*others, *OFFICIAL_MODEL_NAMES, *(alias for aliases in MODEL_ALIASES.values() for alias in aliases)}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.garbage import uncollected
 from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
 from saekit_plugins.backends.lens_versions import is_known, near_names
@@ -33,7 +34,8 @@ def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
         if (folder / NATIVE_CONFIG).is_file():
             return _load_native(folder, model.dtype, device)
         return _load_hf_folder(folder, model.dtype, device, kwargs)
-    from transformer_lens import HookedTransformer
+    with uncollected():
+        from transformer_lens import HookedTransformer
 
     with within_reach(), without_bars():
         try:
@@ -84,8 +86,8 @@ def unknown_name(name: str, error: Exception) -> str:
 
 def load_tokenizer(name: str | Path, revision: str = "main") -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
-    from transformers import AutoTokenizer
-
+    with uncollected():
+        from transformers import AutoTokenizer
     with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, revision=revision)
 
@@ -94,8 +96,9 @@ def _load_native(folder: Path, dtype: str, device: str) -> object:
     """A folder with ``hooked_transformer.json``, ``model.safetensors`` and a tokenizer."""
     import torch
     from safetensors.torch import load_file
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+    with uncollected():
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
     with loading(f"the configuration {folder / NATIVE_CONFIG}"):
         options = json.loads((folder / NATIVE_CONFIG).read_text(encoding="utf-8"))
         config = HookedTransformerConfig(**options, device=device, dtype=getattr(torch, dtype), init_weights=False)
@@ -115,9 +118,10 @@ def _load_native(folder: Path, dtype: str, device: str) -> object:
 def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, Any]) -> object:
     """A folder of a Hugging Face causal LM: ``config.json``, weights and a tokenizer."""
     import torch
-    from transformer_lens import HookedTransformer
-    from transformer_lens import loading_from_pretrained as conversion
 
+    with uncollected():
+        from transformer_lens import HookedTransformer
+        from transformer_lens import loading_from_pretrained as conversion
     options = dict.fromkeys(PROCESSING[:4], True) | dict(kwargs)
     torch_dtype = getattr(torch, dtype)
     tokenizer = load_tokenizer(folder)
@@ -139,8 +143,8 @@ def hf_model(place: str | Path, dtype: Any, **options: Any) -> Any:
 
     The library would draw weights that are not there at random, with no more than a remark in its log.
     """
-    from transformers import AutoModelForCausalLM
-
+    with uncollected():
+        from transformers import AutoModelForCausalLM
     with without_bars():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, trust_remote_code=False, output_loading_info=True, **options

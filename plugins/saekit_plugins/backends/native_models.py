@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.garbage import uncollected
 from saekit_plugins.backends.model_folders import NATIVE_CONFIG, NATIVE_WEIGHTS, loading, model_folder, ready
 
 if TYPE_CHECKING:
@@ -80,8 +81,9 @@ def _options(folder: Path) -> dict[str, Any]:
 def _made(options: Mapping[str, Any], what: str) -> Any:
     """A GPT-2 with a bias for its logits, as a HookedTransformer has one."""
     import torch
-    from transformers import GPT2LMHeadModel
 
+    with uncollected():
+        from transformers import GPT2LMHeadModel
     config = gpt2_config(options, what)
     with torch.random.fork_rng(devices=[]):
         made: Any = GPT2LMHeadModel(config)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
+from saekit.garbage import uncollected
 from saekit.hub import within_reach
 from saekit_plugins.backends.model_folders import (
     NATIVE_CONFIG,
@@ -44,9 +45,10 @@ def _nothing_allocated() -> Iterator[None]:
 def hooked_transformer_outline(model: ModelConfig, kwargs: Mapping[str, Any]) -> Any:
     """As :func:`saekit_plugins.backends.model_folders.load_model` would load it."""
     import torch
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens import loading_from_pretrained as known
 
+    with uncollected():
+        from transformer_lens import HookedTransformer, HookedTransformerConfig
+        from transformer_lens import loading_from_pretrained as known
     shapes = {"fold_ln": True, **{name: kwargs[name] for name in _OF_SHAPES if name in kwargs}}
     shapes |= {"device": "meta", "dtype": getattr(torch, model.dtype)}
     folder = model_folder(model.name, kwargs)
@@ -71,8 +73,9 @@ def hooked_transformer_outline(model: ModelConfig, kwargs: Mapping[str, Any]) ->
 def causal_lm_outline(model: ModelConfig, **options: Any) -> Any:
     """As :func:`saekit_plugins.backends.model_folders.load_causal_lm` would load it."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
 
+    with uncollected():
+        from transformers import AutoConfig, AutoModelForCausalLM
     library: Any = AutoModelForCausalLM  # its methods have no types
     check_causal_lm_folder(model.name)
     attention = options.get("attn_implementation")

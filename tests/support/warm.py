@@ -354,10 +354,12 @@ def main(number: int, imports: list[str]) -> NoReturn:
     inherited = {path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path}
     own_path = [path for path in sys.path[1:] if path not in inherited]
     del sys.path[0]
+    gc.disable()
     for name in imports:
         importlib.import_module(name)
     assert threading.active_count() == 1, threading.enumerate()
     gc.freeze()  # a fork would copy all of it to look through it
+    gc.enable()
     job, (reply, out, said, *loaded) = _serve(socket.socket(fileno=number))
     words = _become(job, [out, said], own_path, n_filters)
     if loaded:

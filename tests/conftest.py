@@ -39,8 +39,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 def pytest_collection() -> Iterator[None]:
     """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later."""
     # While it is imported it looks through all that there is, for who holds random numbers; it always is, at the end.
-    import hypothesis  # noqa: F401
+    from hypothesis import settings
 
+    settings.register_profile("saekit", deadline=None)  # nothing fails for being slow
+    settings.load_profile("saekit")
     gc.disable()
     yield
     gc.freeze()

@@ -89,7 +89,7 @@ def test_contexts_are_those_of_training(tmp_path: Path, stated: dict, policy: di
 special = st.sampled_from(["none", 0, 1, 2])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     documents=st.lists(st.lists(st.integers(0, 9), max_size=25), min_size=1, max_size=12),
     stated=st.fixed_dictionaries(

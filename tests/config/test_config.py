@@ -77,7 +77,7 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(configs, st.sampled_from(["toml", "yaml", "json"]))
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, config: TrainConfig, form: str) -> None:
     path = tmp_path_factory.mktemp("round") / f"run.{form}"

@@ -35,7 +35,7 @@ def there_and_back(config: Any, form: str) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("cls", every_config_class(), ids=lambda cls: cls.__qualname__)
 def test_every_class_in_every_format(cls: type, form: str) -> None:
-    @settings(max_examples=12, deadline=None, phases=[Phase.generate])  # what fails is said by its seed
+    @settings(max_examples=12, phases=[Phase.generate])  # what fails is said by its seed
     @given(st.integers(0, 2**32))
     def check(seed: int) -> None:
         there_and_back(config_of(cls, random.Random(seed)), form)
@@ -82,7 +82,7 @@ def test_how_none_is_written(tmp_path: Path) -> None:
     assert saekit.load_config({}, ["checkpoints.name=none"]).checkpoints.name == "none"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=20) | st.floats(allow_nan=False) | st.none()))
 def test_texts_and_numbers_in_every_format(table: dict[str, Any]) -> None:
     for form in FORMS:

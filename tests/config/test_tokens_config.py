@@ -18,7 +18,7 @@ place = st.one_of(st.none(), st.integers(-20, 20))
 slices = st.one_of(st.tuples(place), st.tuples(place, place), st.tuples(place, place, st.sampled_from([None, 1, 2, 7])))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     tokens=st.builds(
         TokensConfig,

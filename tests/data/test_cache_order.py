@@ -19,7 +19,7 @@ BLOCKS = st.integers(1, 70)
 WINDOWS = st.sampled_from([2, 3, 7, 4096])  # blocks that are mixed together: 4,096, but for these tests
 
 # A handful of rows takes longest: in the network's smallest domain, most of what they are sent to is no row.
-few = settings(max_examples=50, deadline=None)
+few = settings(max_examples=50)
 
 
 def windows_of(blocks: int) -> mock._patch[int]:
@@ -128,7 +128,7 @@ def test_neighbors_in_the_cache_are_far_apart() -> None:
     assert abs(chi_square(np.bincount(RowOrder(n, 3).rows(7000, 8000) * 20 // n, minlength=20))) < 4
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(SEEDS)
 def test_two_readings_have_nothing_in_common(seed: int) -> None:
     n = 4000

@@ -66,7 +66,7 @@ def load(folder: Path) -> Manifest | None:
             return None
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_single_edit_is_refused_or_changes_nothing(made: tuple[Path, str], data: st.DataObject) -> None:
     folder, text = made
@@ -89,7 +89,7 @@ def test_any_single_edit_is_refused_or_changes_nothing(made: tuple[Path, str], d
     assert load(folder) in (None, wanted)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_changed_byte_is_refused_or_changes_nothing(made: tuple[Path, str], data: st.DataObject) -> None:
     folder, text = made

@@ -93,7 +93,7 @@ messages = st.lists(
 )  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.lists(messages, min_size=1, max_size=6), st.booleans(), st.integers(0, 6))
 def test_any_conversations_in_contexts_of_their_own_and_together(chats: Any, alone: bool, stop: int) -> None:
     backend = BACKEND

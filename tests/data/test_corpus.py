@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("contexts")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(made=policies, other=policies, names=st.sets(st.sampled_from(sorted(DEFAULTS))))
 def test_pretokenized_data_settles_every_option(folder: Path, made: dict, other: dict, names: set[str]) -> None:
     (folder / "saekit.json").write_text(json.dumps(made | {"vocab_size": 50}))
@@ -73,7 +73,7 @@ def test_pretokenized_data_settles_every_option(folder: Path, made: dict, other:
         assert (corpus.packed.tokenizer, corpus.packed.vocab_size, corpus.packed.token_ids) == (None, 50, None)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(other=policies, names=st.sets(st.sampled_from(sorted(DEFAULTS))))
 def test_text_has_the_defaults(other: dict, names: set[str]) -> None:
     stated = {name: other[name] for name in names}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from saekit_plugins.sources.live import LiveConfig
 
@@ -62,7 +62,6 @@ def waiting(packer: Any) -> Counter[tuple[int, int]]:
     return Counter(pair for pair in pairs if pair[1] != PUT_IN)
 
 
-@settings(deadline=None)
 @given(
     meshes=st.lists(st.integers(1, 4), min_size=2, max_size=5),
     takes=st.lists(st.integers(0, 14), min_size=20, max_size=20),

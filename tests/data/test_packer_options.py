@@ -83,7 +83,7 @@ def taken(stream: ContextStream, sizes: Iterator[int]) -> Iterator[Context]:
             return
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     documents=st.lists(masked_document, max_size=8),
     policy=policies,

@@ -43,7 +43,7 @@ def threads() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name == "saekit-prefetch"]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 12), st.integers(1, 4), st.integers(0, 14), st.booleans())
 def test_the_items_and_the_state_of_the_last_one(n: int, depth: int, taken: int, closed: bool) -> None:
     one = Prefetched(Counter(n), depth)

@@ -36,7 +36,7 @@ def metrics(totals: Totals) -> dict[str, Any]:
     return {"mean": totals["value"] / totals["n"], "length": np.linalg.norm(totals["vector"], axis=1)}
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.data())
 def test_parts_merged_in_any_order_give_the_very_same_numbers(data: st.DataObject) -> None:
     n = data.draw(st.integers(2, 12))

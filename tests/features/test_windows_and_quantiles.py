@@ -17,7 +17,7 @@ import saekit
 from saekit.errors import ConfigError
 from saekit.features.subject import chosen_features
 
-few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 widths = st.one_of(st.none(), st.tuples(st.integers(0, 14), st.integers(0, 14)))
 
 

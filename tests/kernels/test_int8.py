@@ -143,7 +143,7 @@ def computed(encoder: Encoder, rows: Tensor) -> Tensor:
     return products.view(entries.shape) + encoder.b_enc
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(hard_matrices(), st.sampled_from([0.0, 0.7, "each"]), st.sampled_from([1, 4]))
 def test_whatever_the_numbers(
     matrices: tuple[Tensor, Tensor, Tensor, Tensor | None], above: float | str, k: int

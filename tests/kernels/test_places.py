@@ -19,7 +19,7 @@ KINDS = ["not above", "at least", "not zero"]
     density=st.sampled_from([0.0, 0.001, 0.05, 0.5, 1.0]),
     kind=st.sampled_from(KINDS), dtype=st.sampled_from([torch.float32, torch.float64]), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_places_are_those_of_torch(n: int, m: int, density: float, kind: str, dtype: torch.dtype, seed: int) -> None:
     active = torch.rand(n, m, generator=seeded(seed)) < density
     numbers = torch.randn(n, m, generator=seeded(seed + 1), dtype=dtype).abs().add(0.1).where(active, 0)

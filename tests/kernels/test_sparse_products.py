@@ -17,7 +17,7 @@ from saekit.kernels.private_torch import entry_products
     n=st.integers(1, 9), d_sae=st.integers(1, 5000), d=st.integers(1, 5), density=st.floats(0, 1),
     seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_sparse_products_are_the_dense_ones(n: int, d_sae: int, d: int, density: float, seed: int) -> None:
     dense = random_features(n, d_sae, density if d_sae < 100 else density / 50, seed)
     features = sparse(dense)

@@ -53,7 +53,7 @@ def sparse(seed: int, n: int, d_sae: int, per_row: int, dtype: torch.dtype = tor
     return SparseFeatures(*(one.to(DEVICE) for one in (rows, features, values)), n, d_sae)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     seed=st.integers(0, 2**20), n=st.integers(1, 7), d_sae=st.integers(1, 12), width=st.sampled_from([1, 3, 8, 513]),
     dtype=st.sampled_from([torch.float64, torch.float32]),

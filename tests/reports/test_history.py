@@ -27,7 +27,7 @@ RECORDS = st.lists(
 )
 JUNK = st.one_of(st.binary(max_size=30).map(lambda data: data.replace(b"\n", b"") + b"\n"), st.just(b"[1]\n"))
 
-few = settings(max_examples=80, deadline=None)
+few = settings(max_examples=80)
 
 
 def bytes_of(made: list[dict[str, Any]]) -> bytes:

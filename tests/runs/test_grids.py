@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.schedules.cosine import CosineConfig
@@ -30,7 +30,6 @@ def test_the_last_axis_of_a_grid_changes_fastest() -> None:
     assert saekit.grid({}, {}) == [saekit.load_config({})]
 
 
-@settings(deadline=None)
 @given(
     widths=st.lists(st.integers(1, 1000), min_size=1, max_size=4),
     rates=st.lists(st.floats(1e-9, 1.0, exclude_min=True), min_size=1, max_size=3),
@@ -152,7 +151,6 @@ def test_axes_on_the_command_line(text: str, values: list[Any]) -> None:
     assert [type(value) for value in parse_grid([text])[path]] == [type(value) for value in values]
 
 
-@settings(deadline=None)
 @given(values=st.lists(st.one_of(st.integers(-(10**9), 10**9), st.booleans(), st.floats(1e-12, 1e12)), min_size=1))
 def test_numbers_on_the_command_line(values: list[float]) -> None:
     text = ",".join(json.dumps(value) for value in values)
@@ -160,7 +158,6 @@ def test_numbers_on_the_command_line(values: list[float]) -> None:
     assert parse_grid([f"a.b=[{text}]"]) == {"a.b": values}
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(
         st.text(

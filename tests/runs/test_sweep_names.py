@@ -126,7 +126,7 @@ def test_options_of_one_name_are_told_apart() -> None:
     paths=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=150),
                    min_size=2, max_size=3),
 )  # fmt: skip
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_names_that_every_file_system_takes(paths: list[str]) -> None:
     found = names(*({"training": {"from_pretrained_path": path}} for path in paths))[1]
     assert len({name.casefold() for name in found}) == len(paths)

@@ -167,7 +167,7 @@ def test_hooks_and_the_error_term() -> None:
     assert torch.allclose(sae(x), x - removed), "an intervention changes exactly what it touched"
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.floats(1e-3, 1e3), st.sampled_from([{}, {"apply_b_dec_to_input": False}]))
 def test_folded_is_unfolded(scale: float, options: dict) -> None:
     sae, folded, x = random_sae(**options), random_sae(**options), batch()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -88,11 +89,13 @@ def test_a_forward_inside_another_leaves_it_its_own_tokens(kind: str) -> None:
 def test_places_are_those_of_the_forward_that_runs() -> None:
     model = make_causal_lm("gpt2")
     sae = at(drawn_sae(16), "transformer.h.0")
+    named = inspect.signature(model.transformer.forward).parameters  # transformers has renamed it in 5.24
+    name = "cache" if "cache" in named else "past_key_values"
     with saekit.splice(model, sae, tokens=TokenChoice(seqpos_slice=(2, None))):
-        cache = model(TOKENS, use_cache=True).past_key_values
+        kept = model(TOKENS, use_cache=True).past_key_values
         model(TOKENS[:, :1])  # nothing came before
         with pytest.raises(ModelError, match="are not known"):
-            model.transformer(TOKENS[:, :1], past_key_values=cache)
+            model.transformer(TOKENS[:, :1], **{name: kept})
 
 
 def test_another_model_that_shares_a_layer_is_not_taken_for_the_spliced_one() -> None:

@@ -125,7 +125,7 @@ ACTIONS = st.recursive(
 
 
 @drawn(st.lists(ACTIONS, min_size=1, max_size=3))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_whatever_is_nested_in_whatever_leaves_nothing(actions: list[Any]) -> None:
     there = place("AutoModelForCausalLM")
     before, clean = state(there.model), there.model(TOKENS).logits

@@ -17,7 +17,7 @@ from saekit.values import StepInput
 pytestmark = pytest.mark.usefixtures("way")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.floats(1e-3, 1e3), st.sampled_from([0.0, 0.1, 1.0, 7.5]), st.sampled_from(["float32", "float64"]))
 def test_clipping_is_torchs(size: float, clip: float, dtype: str) -> None:
     generator = torch.Generator().manual_seed(int(size * 1000))

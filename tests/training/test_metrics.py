@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("way")
 # ---- firing statistics
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4))
 def test_firing_statistics_of_batches_of_any_size(seed: int, window: int, dead_after: int) -> None:
     drawn = np.random.default_rng(seed)

@@ -39,7 +39,11 @@ class TrainResult:
 
     @cached_property
     def sae(self) -> SAE:
-        """The trained SAE; where processes had parts of it, it is read from the run folder when first asked for."""
+        """The trained SAE, as it was saved: with norms of decoder rows folded in, where they count.
+
+        Where that is another than the one in training, or where processes had parts of it, it is read from the run
+        folder when first asked for.
+        """
         return self._sae if isinstance(self._sae, SAE) else self._sae()
 
     def __repr__(self) -> str:

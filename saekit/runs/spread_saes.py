@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from saekit.distributed.agreement import agreed
+from saekit.plugins.manager import PluginManager
 from saekit.pretrained.sae import SAE
 from saekit.sae.folder import Contents, contents_of, save_contents
 from saekit.sae.part_folder import PartContents, part_contents_of, whole_in_first
@@ -49,11 +50,14 @@ def save_trained(trainer: SAETrainer, path: Path) -> None:
         agreed(world.all, work, "save the SAE")
 
 
-def sae_of(trainer: SAETrainer, saved: Path) -> SAE | Callable[[], SAE]:
-    """The trained SAE for raw activations; of one whose features are split, what reads it from the folder ``saved``.
+def sae_of(trainer: SAETrainer, saved: Path, plugins: PluginManager) -> SAE | Callable[[], SAE]:
+    """The trained SAE as it is in the folder ``saved``, or what reads it from there.
 
-    So no process has it whole that does not ask for it.
+    It is read where features are split, so that no process has it whole that does not ask for it; and where weights are
+    saved otherwise than they are trained, as with the norms of decoder rows folded in: features are the same, but
+    nobody shall find other directions here than in the folder.
     """
-    if trainer.world.features.size > 1:
-        return functools.partial(SAE.load, saved, device=trainer.device)
+    trained = trainer.sae
+    if trainer.world.features.size > 1 or not trained.saved_as_it_is:
+        return functools.partial(SAE.load, saved.absolute(), device=trainer.device, plugins=plugins)
     return cast(SAE, trainer.raw_sae())  # architectures derive from it

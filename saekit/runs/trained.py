@@ -9,6 +9,7 @@ from typing import Any
 
 from saekit.distributed.agreement import done_by_all
 from saekit.distributed.group import Group
+from saekit.plugins.manager import PluginManager
 from saekit.pretrained.sae import SAE
 from saekit.reports.pictures import Pictures
 from saekit.runs.doubts import doubts_of_features
@@ -67,7 +68,7 @@ def result_of(
     """What the run leaves behind; SAEs that other processes have trained are read from their folders."""
     results = {
         member.name: TrainResult(
-            sae=_sae_of(member, record.home(member.name) / "sae"),
+            sae=_sae_of(member, record.home(member.name) / "sae", session.plugins),
             folder=record.home(member.name),
             metrics=member.latest,
             backend=session.backend,
@@ -83,5 +84,7 @@ def result_of(
     return SweepResult(record.folder, results, diverged, summary, pictures.of_sweep)
 
 
-def _sae_of(member: Member, saved: Path) -> SAE | Callable[[], SAE]:
-    return sae_of(member.trainer, saved) if member.here else functools.partial(SAE.load, saved)
+def _sae_of(member: Member, saved: Path, plugins: PluginManager) -> SAE | Callable[[], SAE]:
+    if member.here:
+        return sae_of(member.trainer, saved, plugins)
+    return functools.partial(SAE.load, saved.absolute(), plugins=plugins)

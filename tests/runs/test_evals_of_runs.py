@@ -27,7 +27,7 @@ def eval_seen(built: list[EvalRun], called: list[Any], **entry: Any) -> object:
 
         def measure(sae: Any, *, backend: Any, sites: Any, contexts: Any) -> dict[str, float]:
             called.append(contexts)
-            return {"norm": sae.W_dec.norm().item()}
+            return {"norm": sae.W_enc.norm().item()}
 
         return measure
 
@@ -46,7 +46,7 @@ def test_an_eval_is_built_with_what_it_needs_of_the_run(tmp_path: Path) -> None:
     assert (run.name, run.device, run.steps) == ("sae", "cpu", 11)
     assert run.contexts is not None
     assert torch.equal(run.contexts, called[0])
-    assert result.metrics["evals/norm"] == pytest.approx(result.sae.W_dec.norm().item(), rel=1e-4)
+    assert result.metrics["evals/norm"] == pytest.approx(result.sae.W_enc.norm().item(), rel=1e-4)
 
 
 class Drawn:

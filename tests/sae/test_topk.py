@@ -300,9 +300,26 @@ def test_a_run_and_one_that_goes_on_from_it(tmp_path: Path, kind: str, scaled: s
 def test_fine_tuning(tmp_path: Path, kind: str) -> None:
     training = {"finetuning_tokens": 512, "finetuning_method": "scale"}
     result = run(tmp_path, sae={"name": kind, "d_sae": 32, "k": 4}, training=training)
-    assert (result.sae.scaling_factor != 1).any()
+    assert (result.sae.W_dec.norm(dim=1) - 1).abs().max() > 1e-4, "factors are in the rows that are saved"
     x = torch.randn(20, 8, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(SAE.load(result.folder / "sae")(x), result.sae(x), atol=1e-4)
+
+
+@pytest.mark.parametrize("finetuning", [{}, {"finetuning_tokens": 512, "finetuning_method": "scale"}])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "standard"])
+def test_a_result_has_the_weights_that_were_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, finetuning: dict[str, Any]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sae = {"name": kind, "d_sae": 32} | ({} if kind == "standard" else {"k": 4})
+    result = run(Path("runs"), sae=sae, training=finetuning)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saved = SAE.load(tmp_path / result.folder / "sae")
+    assert {name: value.tolist() for name, value in result.sae.state_dict().items()} == {
+        name: value.tolist() for name, value in saved.state_dict().items()
+    }
+    assert result.sae.to_dict() == saved.to_dict()
 
 
 def test_the_threshold_of_a_short_run_is_not_near_its_start_at_zero() -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, get_args
 from saekit.abilities import OnTokens, TranslatesHooks
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
+from saekit.backends.texts import to_tokens
 from saekit.devices import sent
 from saekit.errors import ModelError
 from saekit.plugins.text import short
@@ -76,6 +77,14 @@ class Backend(ABC):
     @abstractmethod
     def tokenize(self, text: str) -> list[int]:
         """Token ids of ``text``, without special tokens."""
+
+    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Tensor:
+        """``text`` as :meth:`run` takes it, ``[1, t]`` on the CPU, with the BOS token before it as in training by default.
+
+        Several texts must come to equally many tokens, ``[n, t]``: nothing is padded.  :class:`ModelError` where they do
+        not, for nothing at all, and where the tokenizer has no BOS token.
+        """
+        return to_tokens(self, [text] if isinstance(text, str) else list(text), prepend_bos)
 
     @abstractmethod
     def token_texts(self, tokens: Sequence[int]) -> list[str]:

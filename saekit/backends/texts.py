@@ -3,12 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["text_ids", "texts_of"]
+from saekit.errors import ModelError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from saekit.protocols import ModelBackend
+
+__all__ = ["text_ids", "texts_of", "to_tokens"]
 
 _BEFORE = ("a", "the", "0", ".")
 """Texts whose last token may stand before others: any will do whose own text stays as it is."""
+
+
+def to_tokens(backend: ModelBackend, texts: Sequence[str], prepend_bos: bool) -> Tensor:
+    """See :meth:`saekit.backends.Backend.to_tokens`."""
+    import torch
+
+    bos = backend.special_tokens.get("bos")
+    if prepend_bos and bos is None:
+        raise ModelError(f"the tokenizer of {backend.name!r} has no BOS token; to_tokens(text, prepend_bos=False)")
+    before = [bos] if prepend_bos else []
+    rows = [[*before, *backend.tokenize(text)] for text in texts]
+    lengths = sorted({len(row) for row in rows})
+    if len(lengths) != 1:
+        found = f"found {lengths[0]} to {lengths[-1]}; take one at a time" if lengths else "found no text"
+        raise ModelError(f"to_tokens: texts must come to equally many tokens, {found}")
+    if not lengths[0]:
+        raise ModelError("to_tokens: the text has no tokens")
+    return torch.tensor(rows)
 
 
 def text_ids(tokenizer: Any, text: str) -> list[int]:

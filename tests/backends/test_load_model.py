@@ -155,3 +155,19 @@ def test_several_threads_that_load_leave_bars_as_they_were() -> None:
     ends.set()
     thread.join()
     assert logging.set_tqdm_hook(None) is None
+
+
+def test_texts_become_tokens_with_bos_before_them() -> None:
+    model = FakeBackend()
+    assert model.to_tokens("ab").tolist() == [[0, 97, 98]]
+    assert model.to_tokens(["ab", "cd"], prepend_bos=False).tolist() == [[97, 98], [99, 100]]
+    assert model.run(model.to_tokens("ab"), want="loss").loss.shape == (1, 2)
+    with pytest.raises(ModelError, match="must come to equally many tokens, found 3 to 4; take one at a time"):
+        model.to_tokens(["ab", "abc"])
+    with pytest.raises(ModelError, match="found no text"):
+        model.to_tokens([])
+    with pytest.raises(ModelError, match="the text has no tokens"):
+        model.to_tokens("", prepend_bos=False)
+    model.special_tokens = {"bos": None}
+    with pytest.raises(ModelError, match=r"has no BOS token; to_tokens\(text, prepend_bos=False\)"):
+        model.to_tokens("ab")

@@ -79,10 +79,10 @@ class Backend(ABC):
         """Token ids of ``text``, without special tokens."""
 
     def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Tensor:
-        """``text`` as :meth:`run` takes it, ``[1, t]`` on the CPU, with the BOS token before it as in training by default.
+        """``text`` as :meth:`run` takes it, ``[1, t]`` on the CPU, after the BOS token, as in training by default.
 
-        Several texts must come to equally many tokens, ``[n, t]``: nothing is padded.  :class:`ModelError` where they do
-        not, for nothing at all, and where the tokenizer has no BOS token.
+        Several texts must come to equally many tokens, ``[n, t]``: nothing is padded.  :class:`ModelError` where they
+        do not, for nothing at all, and where the tokenizer has no BOS token.
         """
         return to_tokens(self, [text] if isinstance(text, str) else list(text), prepend_bos)
 

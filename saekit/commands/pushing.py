@@ -32,6 +32,7 @@ def push_to_hub(
     commit_message: str | None = None,
     token: str | bool | None = None,
     probe: bool = True,
+    preview: str | Path | None = None,
 ) -> str:
     """Put what a run has trained into one repository of the Hub, with a model card; the address of the commit.
 
@@ -39,6 +40,9 @@ def push_to_hub(
     ``folder`` is one in the repository, and the other options are those of :meth:`saekit.SAE.push_to_hub`, too.  The
     card says what the run has measured and how it was set up, without paths of this machine.  What is pushed is a copy
     in a temporary folder, which is compared with the checksums of ``cfg.json``; a run may go on meanwhile.
+
+    With ``preview``, a new folder, nothing is sent: what would be in a new repository, the card among it, is written
+    there, and the folder is what is returned.
 
     :class:`PlaceError` where there is no saved SAE, and :class:`SAEFormatError` for one that is not as it was saved.
     """
@@ -58,6 +62,7 @@ def push_to_hub(
             message=commit_message,
             token=token,
             probe=probe,
+            preview=preview,
         )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
-from saekit.errors import ConfigError, StorageError
+from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE
+from saekit.files.paths import as_path
+from saekit.files.storage import new_folder
 from saekit.hub_files import asked
 from saekit.pretrained.card import MADE_BY_SAEKIT, CardSAE, model_card
 from saekit.pretrained.copying import read_config
@@ -54,12 +58,16 @@ def push(
     message: str | None = None,
     token: str | bool | None = None,
     probe: bool = True,
+    preview: str | Path | None = None,
 ) -> str:
     """Put saved SAEs into a repository, which is made if there is none, with a card; the address of the commit.
 
     ``folders`` are those of the SAEs by their folders in the repository, and ``saes`` what the card says of them.
     ``revision`` is a branch, which is made if there is none.  Without ``probe``, ``probe.safetensors`` stays here.
+    With ``preview``, nothing is sent: that new folder has what a new repository would, and is what is returned.
     """
+    if preview is not None:
+        return str(_previewed(as_path(preview), _of_new(repo_id, folders, saes, columns, probe)))
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api, what = HfApi(token=token), f"cannot push to the Hub repository {repo_id!r}"
@@ -87,6 +95,28 @@ def push(
         how: dict[str, Any] = {"revision": revision, "parent_commit": info.sha}  # if another is there, the Hub refuses
         done = do(lambda: api.create_commit(repo_id, operations, commit_message=text, **how))
     return str(done.commit_url)
+
+
+def _of_new(
+    repo_id: str, folders: Mapping[str, Path], saes: Sequence[CardSAE], columns: Sequence[str], probe: bool
+) -> dict[str, str | bytes]:
+    """All files of a repository in which nothing else is."""
+    new, _ = _files(folders, (), probe)
+    return new | {path: model_card(repo_id, saes, columns).encode() for path in _cards(list(folders), ())}
+
+
+def _previewed(folder: Path, new: Mapping[str, str | bytes]) -> Path:
+    if os.path.lexists(folder):
+        raise PlaceError(f"there is something at {folder} already: a preview needs a new folder")
+    with new_folder(folder, replace=False) as temporary:
+        for name, data in new.items():
+            target = temporary / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(data, str):
+                shutil.copyfile(data, target)
+            else:
+                target.write_bytes(data)
+    return folder
 
 
 def _files(

@@ -185,6 +185,7 @@ class SAE(SAEModule):
         metrics: Mapping[str, float] | None = None,
         token: str | bool | None = None,
         probe: bool = True,
+        preview: str | Path | None = None,
     ) -> str:
         """Put the SAE into a repository of the Hub, or into a folder of it, with a model card; the commit's address.
 
@@ -196,12 +197,15 @@ class SAE(SAEModule):
         default that with which you are logged in.  The probe holds up to 16 rows of activations of a run: without
         ``probe`` it is left out, and what is loaded cannot be verified.
 
+        With ``preview``, a new folder, nothing is sent: what would be in a new repository is written there, and the
+        folder is what is returned.
+
         :class:`ConfigError` for what cannot be a repository or is no number, and :class:`StorageError` where the Hub
         does not take it.
         """
         return push_sae(
             self, repo_id, folder=folder, metrics=metrics, private=private, revision=revision, message=commit_message,
-            token=token, probe=probe,
+            token=token, probe=probe, preview=preview,
         )  # fmt: skip
 
     @classmethod

@@ -50,6 +50,30 @@ def an_sae(seed: int = 0, config: saekit.SAEConfig | None = None) -> saekit.SAE:
     return sae
 
 
+@pytest.mark.parametrize("probe", [True, False])
+def test_a_preview_is_what_a_new_repository_has(tmp_path: Path, hub: FakeHub, probe: bool) -> None:
+    sae = an_sae()
+    sae.push_to_hub("somebody/sae", folder="a", probe=probe)
+    found = sae.push_to_hub("somebody/sae", folder="a", probe=probe, preview=tmp_path / "new/look")
+    assert found == str(tmp_path / "new/look")
+    files = {path.relative_to(found).as_posix(): path for path in Path(found).rglob("*") if path.is_file()}
+    assert sorted(files) == there(tmp_path)
+    assert all(path.read_bytes() == (hub_folder(tmp_path) / name).read_bytes() for name, path in files.items())
+    with pytest.raises(PlaceError, match="there is something at .*look already: a preview needs a new folder"):
+        saekit.push_to_hub(sae.save(tmp_path / "sae"), "somebody/sae", preview=found)
+
+
+def test_a_preview_asks_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: pytest.fail("it asked the Hub"))
+    folder = an_sae().save(tmp_path / "sae")
+    app(["push", str(folder), "a/b", "--preview", str(tmp_path / "look")], standalone_mode=False)
+    assert "a/b" in (tmp_path / "look/README.md").read_text(encoding="utf-8")
+
+
+def hub_folder(tmp_path: Path, name: str = "somebody/sae") -> Path:
+    return tmp_path / "hub/models" / name
+
+
 def there(tmp_path: Path, name: str = "somebody/sae") -> list[str]:
     folder = tmp_path / "hub/models" / name
     return sorted(

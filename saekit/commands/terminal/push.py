@@ -11,6 +11,7 @@ __all__ = ["EXAMPLES", "push"]
 EXAMPLES = """
     saekit push runs/RUN OWNER/REPOSITORY
     saekit push runs/RUN OWNER/REPOSITORY --private --revision draft
+    saekit push runs/RUN OWNER/REPOSITORY --preview FOLDER
 """
 
 
@@ -30,11 +31,20 @@ def push(
             help="The probe, by which the SAE can be verified: it holds 16 rows of the run's activations.",
         ),
     ] = True,
+    preview: Annotated[
+        str | None,
+        typer.Option(
+            "--preview",
+            metavar="FOLDER",
+            help="Send nothing: write what would be in a new repository to a new folder.",
+        ),
+    ] = None,
 ) -> None:
     """Put what a run has trained on the Hugging Face Hub, with a model card, in one commit."""
     from saekit.commands.pushing import push_to_hub
 
     address = push_to_hub(
-        path, repo_id, folder=folder, private=private, revision=revision, commit_message=message, probe=probe
-    )
+        path, repo_id, folder=folder, private=private, revision=revision, commit_message=message, probe=probe,
+        preview=preview,
+    )  # fmt: skip
     typer.echo(address)

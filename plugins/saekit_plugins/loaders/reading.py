@@ -43,6 +43,25 @@ def layer_of(name: str) -> int:
     return int("".join(filter(str.isdigit, name.rpartition("/")[2])))
 
 
+_WORDS = (
+    (r"\(\?![^()]*\)|\(\?:[^()|]*/\)[*?]", ""),  # what a name is not, and folders that may be there
+    (r"\((?!\?)([^()]*)\)", r"\1"),
+    (r"\[\^/\]\*", "*"),
+    (r"\\d\+", "N"),
+    (r"\\\.", "."),
+    (r"\(\?:", "("),
+    (r"\|", " or "),
+    (r"\w\?$", ""),
+)
+
+
+def _as_names(pattern: str) -> str:
+    """A pattern of names for people: ``layer_N.safetensors``."""
+    for part, word in _WORDS:
+        pattern = re.sub(part, word, pattern)
+    return pattern
+
+
 def found_files(files: SAEFiles, pattern: str) -> list[str]:
     """The names that end, from a ``/`` on, in what ``pattern`` matches; where one file was asked for, that alone."""
     ending = re.compile(f"(?:.*/)?(?:{pattern})", re.DOTALL)
@@ -60,7 +79,10 @@ def one_file(files: SAEFiles, pattern: str, wanted: str | None, loader: str) -> 
     everything = found_files(files, pattern)
     shown = ", ".join(everything[:10]) + (", ..." if len(everything) > 10 else "")
     if not everything:
-        raise SAEFormatError(f"{files.place} has no file of weights as {loader} has them ({pattern})")
+        has = ", ".join(sorted(files.names)[:10]) or "no files"
+        raise SAEFormatError(
+            f"{loader} reads {_as_names(pattern)}, and there is no such file in {files.place}, which has {has}"
+        )
     if wanted is not None:
         raise SAEFormatError(f"{files.place} has no SAE {wanted!r}; it has {shown}")
     folders = [name.rpartition("/")[0] for name in everything]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from saekit.kinds import INPUT_TRANSFORMS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
-from saekit.pretrained.detecting import Score, read_with, recognized, usable
+from saekit.pretrained.detecting import detected, read_with
 from saekit.pretrained.overriding import overridden
 from saekit.pretrained.provenance import OWN, checksums, provenance, verify
 from saekit.protocols import PretrainedLoader
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 __all__ = ["build_sae", "load_sae", "loader_of"]
 
 _DTYPES = ("float32", "bfloat16", "float64")
-_LIKELY = 0.5, 0.75
-"""From where to where a loader finds it likely that files are of its format, and is not sure."""
 
 
 @ambient()
@@ -125,7 +123,7 @@ def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoade
 
     if is_own(files.unopened()):
         return None
-    return plugins.bound(PRETRAINED_LOADERS, _detected(files.unopened(), plugins).key)
+    return plugins.bound(PRETRAINED_LOADERS, detected(files.unopened(), plugins).key)
 
 
 @contextmanager
@@ -157,46 +155,6 @@ def _of_files(error: SAEFormatError, files: SAEFiles) -> SAEFormatError:
     if any(name in str(error) for name in files.opened):
         return error
     return SAEFormatError(f"{error} (read from {', '.join(sorted(files.opened))})")
-
-
-def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
-    found, failed = recognized(items, files)
-    surest = [item for score, item in found if score == found[0][0]]
-    if len(surest) == 1:
-        _warn_of_others(found, files)
-        return surest[0]
-    names = ", ".join(item.key for item in surest or items)
-    if found:
-        others = ", ".join(f"{item.key} ({score:.2g})" for score, item in found[len(surest) :])
-        raise SAEFormatError(
-            f"several loaders recognize {files.place}: {names}. They are equally sure ({found[0][0]:.2g} of 1"
-            + (f"; less sure: {others}). " if others else "). ")
-            + "Name one: loader=..."
-        )
-    shown = ", ".join(sorted(files.names)[:10]) or "no files"
-    raise SAEFormatError(
-        f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."
-        + "".join(f"\n{text}" for text in failed)
-    )
-
-
-def _warn_of_others(found: Sequence[Score], files: SAEFiles) -> None:
-    """Where the surest loader is not sure, and another one thinks it likely, too, that may be the right one."""
-    (best, item), *less = found
-    others = [other for score, other in less if best <= _LIKELY[1] and score >= _LIKELY[0]]
-    if not others:
-        return
-    everyone = [item, *others]
-    names = [one.entry.name for one in everyone]
-    own, *rest = names if len({*names}) == len(names) else [one.key for one in everyone]
-    what = [f"{name} [{one.entry.summary}]" for one, name in zip(everyone, (own, *rest), strict=True)]
-    warnings.warn(
-        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: the files are alike, and their "
-        f"path does not tell. loader={' or '.join(map(repr, rest))} reads the other, and loader={own!r} says that this "
-        "is right",
-        stacklevel=9,  # who calls SAE.load
-    )
 
 
 def build_sae(

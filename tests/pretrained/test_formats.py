@@ -217,9 +217,9 @@ def strangers(**scores: object) -> saekit.PluginManager:
 
 
 def detected(folder: Path, **scores: object) -> str:
-    from saekit.pretrained.load import _detected
+    from saekit.pretrained.detecting import detected as choose
 
-    return _detected(SAEFiles.in_folder(folder), strangers(**scores)).entry.name
+    return choose(SAEFiles.in_folder(folder), strangers(**scores)).entry.name
 
 
 def test_the_surest_loader_reads(tmp_path: Path) -> None:

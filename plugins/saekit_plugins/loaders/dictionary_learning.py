@@ -21,6 +21,7 @@ from saekit_plugins.loaders.reading import (
     OtherName,
     beside,
     found_files,
+    missing_beside,
     named,
     one_file,
     options,
@@ -104,6 +105,9 @@ class DictionaryLearningLoader:
         if not names:
             return 0.0
         return 1.0 if "trainer" in peeked(files, beside(files, names[0], "config.json")) else 0.6
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"config\.json", "ae.pt", keys=("trainer",))
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "dictionary_learning")

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of", "named",
-    "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
+    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of",
+    "missing_beside", "named", "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
 ]  # fmt: skip
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -36,6 +36,9 @@ class OtherName:
 
     def detects(self, files: SAEFiles) -> float:
         return 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return None
 
 
 def layer_of(name: str) -> int:
@@ -100,6 +103,17 @@ def beside(files: SAEFiles, name: str, *others: str) -> str | None:
     folder = name.rpartition("/")[0]
     paths = [f"{folder}/{other}" if folder else other for other in others]
     return next((path for path in paths if path in files.names), None)
+
+
+def missing_beside(files: SAEFiles, pattern: str, *others: str, keys: Collection[str] = ()) -> str | None:
+    """What :class:`saekit.abilities.KnowsParts` says: the first of ``others``, where none lies beside a file there is.
+
+    That file's name fits ``pattern``, and with ``keys`` it is of JSON and has these.
+    """
+    for name in found_files(files, pattern):
+        if beside(files, name, *others) is None and (not keys or {*keys} <= peeked(files, name).keys()):
+            return f"{others[0]} beside {name}"
+    return None
 
 
 def path_of(files: SAEFiles, name: str) -> str:

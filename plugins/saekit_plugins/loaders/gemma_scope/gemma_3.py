@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Any
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.gemma_scope import FED, Gemma3Config
-from saekit_plugins.loaders.reading import beside, fed, found_files, named, one_file, options, path_of, peeked, text
+from saekit_plugins.loaders.reading import (
+    beside,
+    fed,
+    found_files,
+    missing_beside,
+    named,
+    one_file,
+    options,
+    path_of,
+    peeked,
+    text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +64,9 @@ class Gemma3Loader:
         path = path_of(files, names[0])
         said = peeked(files, beside(files, names[0], "config.json")).get("architecture") == "jump_relu"
         return 0.95 if said or _KIND.search(path) or _REPOSITORY.search(path) else 0.4
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"config\.json", "params.safetensors", keys=("architecture", "hf_hook_point_in"))
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "gemma_3")

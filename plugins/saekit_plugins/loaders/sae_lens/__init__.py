@@ -12,7 +12,7 @@ import attrs
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
+from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, missing_beside, one_file
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
 from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_config
 
@@ -55,6 +55,11 @@ class SaeLensLoader:
         if {CONFIG, WEIGHTS} <= files.names:
             return float(files.chosen in ("", WEIGHTS))
         return 0.8 if any(beside(files, name, CONFIG) for name in found_files(files, _PATTERN)) else 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"cfg\.json", WEIGHTS, keys=("d_in", "d_sae")) or missing_beside(
+            files, _PATTERN, CONFIG
+        )
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):

@@ -79,6 +79,11 @@ def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
             + (f"; less sure: {others}). " if others else "). ")
             + "Name one: loader=..."
         )
+    if pointers := files.pointers():
+        raise SAEFormatError(
+            f"no loader recognizes {files.place}, where pointers of git-LFS are in the place of "
+            f"{', '.join(pointers[:10])}: `git lfs pull` in that repository fetches them"
+        )
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     nearly, failures = _nearly_recognized(items, files)
     what = "; or ".join(nearly) or f"there are {names}; name one: loader=..."

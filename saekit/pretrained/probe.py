@@ -12,6 +12,7 @@ import attrs
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
+from saekit.files.faults import cut_off
 from saekit.files.names import SAE_PROBE
 from saekit.files.storage import sha256
 from saekit.files.strict_json import parse_object
@@ -96,7 +97,7 @@ def _read(path: Path, where: str, sae: SAEModule) -> Expected:
             facts = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
     except Exception as error:  # the library raises its own errors for damaged files
-        raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
+        raise SAEFormatError(f"{where} is not a readable safetensors file: {cut_off(path) or reason(error)}") from error
     fields = [field.name for field in attrs.fields(Expected) if field.name != "facts"]
     if missing := [name for name in fields if name not in tensors]:
         raise SAEFormatError(f"{where} lacks {', '.join(missing)}")

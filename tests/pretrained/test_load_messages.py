@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import attrs
 import pytest
+import torch
 from support.bad_forms import FORMS, good
+from support.formats import GIVEN
 
 from saekit import SAE
 from saekit.errors import SAEFormatError
@@ -99,3 +102,76 @@ def test_loaders_of_plugins_say_it_too(tmp_path: Path) -> None:
     assert "There are test:one; name one" in told(one=None)
     assert "failed in missing_part: KeyError: 'x'" in told(one=KeyError("x"))
     assert "missing_part returned 5, expected a text, or None" in told(one=5)
+
+
+# ---- files that are not what their names say
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab\nsize 12345678\n"
+PARTS = [(name, part) for name, form in FORMS.items() for part in ("weights", "config") if getattr(form, part)]
+
+
+@pytest.mark.parametrize(("name", "part"), PARTS)
+def test_pointers_of_git_lfs(tmp_path: Path, name: str, part: str) -> None:
+    """Which a clone without git-lfs has in the place of large files."""
+    form = FORMS[name]
+    folder = good(form, tmp_path / "a")
+    (folder / getattr(form, part)).write_bytes(POINTER)
+    for loader in (form.loader,) if name in GIVEN else (form.loader, None):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # which of two loaders it is
+            with pytest.raises(SAEFormatError, match="pointers? of git-LFS.*`git lfs pull` in that repo") as error:
+                SAE.load(folder, loader=loader)
+        assert Path(getattr(form, part)).name in str(error.value)
+
+
+def test_what_a_pointer_says_of_its_size(tmp_path: Path) -> None:
+    folder = good(FORMS["sae_lens"], tmp_path)
+    for text, said in ((POINTER, ", which has 12,345,678 bytes: `git lfs"), (POINTER[:60], "place of the file: `git")):
+        (folder / "sae_weights.safetensors").write_bytes(text)
+        with pytest.raises(SAEFormatError, match=said):
+            SAE.load(folder)
+
+
+CUT = {
+    "sae_lens": "is not a readable safetensors file: it is cut off: {} of {} bytes are there. Fetch or copy it again",
+    "dictionary_learning": "nothing else is unpickled: it is cut off: {} bytes are there, and not its end. Fetch or",
+    "gemma_2": "is not a readable .npz file: it is cut off: {} bytes are there, and not its end. Fetch or copy it",
+    "sae_lens_legacy pt": "cannot be read: it is cut off: {} bytes are there, and not its end. Fetch or copy it again",
+    "sae_lens_legacy gz": "cannot be read: it is cut off. Fetch or copy it again",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_files_that_are_cut_off_or_empty(tmp_path: Path, name: str) -> None:
+    form = FORMS[name]
+    file = good(form, tmp_path) / form.weights
+    whole = file.read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2):
+        file.write_bytes(whole[:size])
+        with pytest.raises(SAEFormatError, match=CUT[name].format(f"{size:,}", f"{len(whole):,}")):
+            SAE.load(tmp_path, loader=form.loader)
+    file.write_bytes(b"")
+    with pytest.raises(SAEFormatError, match="it is empty"):
+        SAE.load(tmp_path, loader=form.loader)
+
+
+def test_a_header_that_is_cut_off_and_what_is_no_header(tmp_path: Path) -> None:
+    file = good(FORMS["sae_lens"], tmp_path) / "sae_weights.safetensors"
+    whole = file.read_bytes()
+    first = 8 + int.from_bytes(whole[:8], "little")
+    file.write_bytes(whole[:50])
+    with pytest.raises(SAEFormatError, match=f"it is cut off: 50 of at least {first} bytes are there"):
+        SAE.load(tmp_path)
+    for damaged in (b"\0" * 8 + whole[8:], whole[:9] + b"x" * 40 + whole[49:], b"some other text, which is no header"):
+        file.write_bytes(damaged)
+        with pytest.raises(SAEFormatError, match="is not a readable safetensors file") as error:
+            SAE.load(tmp_path)
+        assert "cut off" not in str(error.value)
+
+
+def test_a_whole_archive_that_is_refused_is_not_called_cut_off(tmp_path: Path) -> None:
+    file = good(FORMS["dictionary_learning"], tmp_path) / "ae.pt"
+    torch.save({"a": Path("b")}, file)
+    with pytest.raises(SAEFormatError, match="nothing else is unpickled") as error:
+        SAE.load(tmp_path)
+    assert "cut off" not in str(error.value)

@@ -17,6 +17,7 @@ from saekit.files.names import SAE_PROBE
 from saekit.files.storage import sha256
 from saekit.files.strict_json import parse_object
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.asking import hinting_at_release
 from saekit.pretrained.differences import Differences
 from saekit.pretrained.load import load_sae
 from saekit.reasons import reason
@@ -36,7 +37,8 @@ def verify(path: str | Path, *, loader: PluginChoice | None = None, plugins: Plu
     somebody has converted, rounded or edited, so weights that do not fit their checksum are looked at all the same.
     :class:`saekit.errors.SAEFormatError` for a path that is no folder of an SAE, and for one without a probe.
     """
-    files = SAEFiles.at(path)
+    with hinting_at_release(path, plugins):
+        files = SAEFiles.at(path)
     _check_probe_is_there(files)
     faults: list[str] = []
     try:

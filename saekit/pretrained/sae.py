@@ -16,7 +16,7 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.names import SAE_CONFIG
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
+from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of, hinting_at_release
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
 from saekit.pretrained.made import made_from, options_of
@@ -236,7 +236,9 @@ def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
 
 def _local(path: str | Path, verify: bool, **how: Any) -> SAEModule:
     """The SAE at ``path``, which knows where it was read from."""
-    sae, place = _loaded(SAEFiles.at(path), verify, **how), as_path(path)
+    with hinting_at_release(path, how["plugins"]):
+        files = SAEFiles.at(path)
+    sae, place = _loaded(files, verify, **how), as_path(path)
     own = place / "sae"
     sae.read_from = (own if not (place / SAE_CONFIG).exists() and (own / SAE_CONFIG).is_file() else place).absolute()
     return sae

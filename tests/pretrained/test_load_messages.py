@@ -14,6 +14,8 @@ from support.formats import GIVEN
 
 from saekit import SAE
 from saekit.errors import SAEFormatError
+from saekit.pretrained import verify
+from saekit.runs.checks import start_files
 from saekit.testing import fake_plugin, isolated_manager
 
 _CONNOR = "gpt2-small_L0_Hcat_z_lr1.20e-03_l11.80e+00_ds64_bs4096_dc1.00e-06_rsanthropic_rie25000_nr4_v9"
@@ -175,3 +177,34 @@ def test_a_whole_archive_that_is_refused_is_not_called_cut_off(tmp_path: Path) -
     with pytest.raises(SAEFormatError, match="nothing else is unpickled") as error:
         SAE.load(tmp_path)
     assert "cut off" not in str(error.value)
+
+
+# ---- names of what was published in the place of a path
+
+JB = "gpt2-small-res-jb"
+PUBLISHED = {
+    JB: f"{JB} is a release of published SAEs: saekit.SAE.from_pretrained('{JB}', ID) loads one, and `saekit saes info",
+    f"saekit:{JB}": f"saekit.SAE.from_pretrained('saekit:{JB}', ID) loads one",
+    f"{JB}:blocks.8.hook_resid_pre": f"saekit.SAE.from_pretrained('{JB}', 'blocks.8.hook_resid_pre') loads it, and",
+    f"{JB}:blocks.99.hook": f"saekit.SAE.from_pretrained('{JB}', ID) loads one",
+    "goodfire-llama-3.1-8b-instruct": "saekit.SAE.from_pretrained('goodfire-llama-3.1-8b-instruct') loads it, and save",
+    "google/gemma-scope-2b-pt-transcoders/layer_5": "saekit.SAE.from_hub('google/gemma-scope-2b-pt-transcoders', 'lay",
+    "google/gemma-scope-2b-pt-mlp": "(RELEASE, ID) one of gemma-scope-2b-pt-mlp or gemma-scope-2b-pt-mlp-canonical",
+    "runs/nowhere": "",
+    "no:where": "",
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_names_where_a_path_belongs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for load in (SAE.load, start_files, verify):
+        with pytest.raises(SAEFormatError, match=f"the SAE folder {name} is not there") as error:
+            load(name)
+        notes = getattr(error.value, "__notes__", [])
+        assert len(notes) == bool(PUBLISHED[name])
+        assert PUBLISHED[name] in "".join(notes)
+    Path(name).mkdir(parents=True)
+    with pytest.raises(SAEFormatError, match="which has no files") as error:
+        SAE.load(name)
+    assert not getattr(error.value, "__notes__", [])

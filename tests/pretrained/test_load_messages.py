@@ -10,7 +10,7 @@ import attrs
 import pytest
 import torch
 from support.bad_forms import FORMS, good
-from support.formats import GIVEN
+from support.formats import GIVEN, copied, edit_json
 
 from saekit import SAE
 from saekit.errors import SAEFormatError
@@ -208,3 +208,39 @@ def test_published_names_where_a_path_belongs(name: str, tmp_path: Path, monkeyp
     with pytest.raises(SAEFormatError, match="which has no files") as error:
         SAE.load(name)
     assert not getattr(error.value, "__notes__", [])
+
+
+# ---- dictionary_learning: what config.json leaves out
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_the_trainer_says_which_class_it_is(tmp_path: Path, kind: str) -> None:
+    folder = copied(f"dictionary_learning_0.1.0_{kind}", tmp_path)
+    whole = SAE.load(folder)
+    edit_json(folder / "config.json", lambda table: table["trainer"].pop("dict_class"))
+    name = "BatchTopK" if kind == "batchtopk" else "TopK"
+    for trainer in (f"{name}Trainer", f"Trainer{name}"):  # the second is that of older versions
+        edit_json(folder / "config.json", lambda table, name=trainer: table["trainer"].update(trainer_class=name))
+        sae = SAE.load(folder)
+        assert sae.info.architecture == whole.info.architecture == f"saekit:{kind}"
+        x = torch.randn(4, 16, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(sae.encode(x), whole.encode(x))
+
+
+@pytest.mark.parametrize(
+    ("trainer", "message"),
+    [
+        ({"k": 8}, "and the config.json beside it has no dict_class nor trainer_class. Say it: "),
+        ({"trainer_class": "Mine"}, "no dict_class and trainer_class 'Mine', which is the trainer of neither. Say it"),
+        ({"trainer_class": 5}, "trainer_class in config.json beside ae.pt in .* is 5, expected a text"),
+        (None, "and no config.json beside it says which. Say it: loader={'name': 'dictionary_learning', 'dict_class'"),
+    ],
+)
+def test_a_class_that_nothing_says(tmp_path: Path, trainer: dict[str, Any] | None, message: str) -> None:
+    folder = copied("dictionary_learning_0.1.0_topk", tmp_path)
+    if trainer is None:
+        (folder / "config.json").unlink()
+    else:
+        edit_json(folder / "config.json", lambda table: table.update(trainer=trainer))
+    with pytest.raises(SAEFormatError, match=message):
+        SAE.load(folder)

@@ -165,11 +165,6 @@ class Ports:
         """
         import torch
 
-        if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"join_input takes tensors by the names of the inputs ({', '.join(self.inputs)}), found "
-                f"{type(values).__name__}"
-            )
         if missing := [name for name in self.inputs if name not in values]:
             raise ConfigError(f"the input {missing[0]} is missing; there are {', '.join(values) or 'none'}")
         for name, width in self.inputs.items():

@@ -11,7 +11,8 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from saekit.accumulates import Accumulates, SharesContexts
-from saekit.protocols import ActivationFunction, Optimizer, PretrainedLoader, Tracker
+from saekit.loader_abilities import ConvertsConfigs, KnowsParts, LocatesFiles, WritesSAEs
+from saekit.protocols import ActivationFunction, Optimizer, Tracker
 from saekit.source_forwards import SourceForwards, StatesForwards
 from saekit.values import Forward, Replacement, RunEnd, Want
 
@@ -20,14 +21,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from saekit.converted import ConvertedConfig
     from saekit.site import Site
 
 __all__ = [
     "Accumulates", "AttachesHooks", "Concludes", "ConvertsConfigs", "CopiesState", "Elementwise",
     "EndsWithTraining", "ExposedPoint", "ExposesHooks", "ForwardsOtherwise", "GuardedOptimizer",
     "HasMemory", "HasModel", "HasMoments", "HasOtherNames", "HasTokenizer", "KeepsRecipe",
-    "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
+    "KnowsParts", "KnowsResidualStream", "LeadsToResidualStream", "LocatesFiles",
     "OnTokens", "Pauses", "Remarks", "RunsUndisturbed", "SharesContexts", "SharesRows", "SourceForwards",
     "SparseActivation", "StartsInside", "StatesForwards", "StatesProcessing", "StatesRows", "StatesWidths",
     "TakesCheckpoints", "TakesStates",
@@ -367,34 +367,3 @@ class Concludes(Tracker, Protocol):
 
     def conclude(self, end: RunEnd) -> None:
         """Called once, after the last record and before :meth:`close`."""
-
-
-@runtime_checkable
-class LocatesFiles(PretrainedLoader, Protocol):
-    """A loader that knows which file a release means by a path that is neither a file nor a folder."""
-
-    def locate(self, path: str, names: Collection[str]) -> str | None:
-        """The path of a file or folder among ``names``, all files of the repository; None: there is none."""
-
-
-@runtime_checkable
-class ConvertsConfigs(Protocol):
-    """A pretrained loader that knows the configurations of its library's runs, too, for `saekit convert-config`."""
-
-    def convert_config(self, table: Mapping[str, Any]) -> ConvertedConfig | None:
-        """What ``table``, as the library saved it, is here; None: it is no configuration of that library.
-
-        Raise :class:`saekit.errors.ConfigError` for one that is, and that cannot be converted.
-        """
-
-
-@runtime_checkable
-class WritesSAEs(Protocol):
-    """A pretrained loader that writes its format, too, for `SAE.export`; what it reads of that is the same SAE."""
-
-    def write_sae(self, sae: Any, folder: Path) -> None:
-        """Write ``sae``, a :class:`saekit.SAE`, into ``folder``, which is new and empty.
-
-        Its ``public_tensors()`` are what is to be written.  Raise :class:`saekit.errors.SAEFormatError` with what the
-        format has no place for.
-        """

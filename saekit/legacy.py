@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
+from saekit.files.faults import cut_off
 from saekit.files.opcodes import Bag, Builder, Name, read_pickle
 from saekit.reasons import reason, reason_of_unpickling
 from saekit.weights import MOST_PACKED, SMALL, check_archive
@@ -43,6 +44,8 @@ def read_objects(path: Path, where: str) -> Any:
     """What ``path`` holds: tensors, plain values, and :class:`saekit.files.opcodes.Bag` for everything else."""
     check_archive(path, where)
     try:
+        if fault := cut_off(path):
+            raise SAEFormatError(f"{where} cannot be read: {fault}")
         if path.name.endswith(".gz"):
             return _plain(io.BytesIO(_unzipped(path, where)), where)
         if zipfile.is_zipfile(path):
@@ -88,8 +91,11 @@ class _Plain:
 
 def _unzipped(path: Path, where: str) -> bytes:
     most = max(SMALL, MOST_PACKED * path.stat().st_size)
-    with gzip.open(path) as file:
-        data = file.read(most + 1)
+    try:
+        with gzip.open(path) as file:
+            data = file.read(most + 1)
+    except EOFError as error:
+        raise SAEFormatError(f"{where} cannot be read: it is cut off. Fetch or copy it again") from error
     if len(data) > most:
         raise SAEFormatError(f"{where} unpacks to more than {most:,} bytes: no weights can be packed like that")
     return data

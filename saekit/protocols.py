@@ -203,7 +203,8 @@ class PretrainedLoader(Protocol):
         """How surely ``files`` are of this format: from 0, or false, for "not at all" to 1, or true, for "sure".
 
         Judged by their names, and by small files of JSON where names are not enough.  Of several loaders the surest
-        reads them; two that are equally sure are an error that names both.
+        reads them; two that are equally sure are an error that names both.  From 0.5 to 0.75 is "likely, but others
+        have such files": where two say that, the surer one reads, and a warning names the other.
         """
 
     def load(self, files: SAEFiles) -> PretrainedSAE:

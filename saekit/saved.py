@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import attrs
 from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import SAEFormatError
 from saekit.files.checksums import Checksums
+from saekit.files.faults import pointer_size
 from saekit.files.names import SAE_CONFIG, SAE_WEIGHTS, half_written
 from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
@@ -230,11 +232,33 @@ class SAEFiles:
             shown = sorted(self.names)[:20]
             raise SAEFormatError(f"{self.place} has no file {name!r}; it has {', '.join(shown) or 'no files'}")
         self.opened[name] = found = self._get(name)
+        self._check_no_pointer(name, found)
         if self.sums is not None:
             self.sums.begin(found)
             if self.hub is not None:
                 self.hub.repository.expect(self.hub.prefix + name, found, self.sums)
         return found
+
+    def pointers(self) -> list[str]:
+        """The names of those that are pointers of git-LFS in a folder here."""
+        found = []
+        for name in sorted(self.names) if self.hub is None else ():
+            with suppress(OSError):
+                if pointer_size(self._get(name)) is not None:
+                    found.append(name)
+        return found
+
+    def _check_no_pointer(self, name: str, found: Path) -> None:
+        try:
+            size = pointer_size(found)
+        except OSError as error:
+            raise SAEFormatError(f"{name} in {self.place} cannot be read: {reason(error)}") from error
+        if size is not None:
+            raise SAEFormatError(
+                f"{name} in {self.place} is a pointer of git-LFS in the place of the file"
+                + (f", which has {size:,} bytes" if size else "")
+                + ": `git lfs pull` in that repository fetches it"
+            )
 
     def only(self, suffix: str) -> str:
         """The one top-level name that ends in ``suffix``."""

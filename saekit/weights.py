@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from saekit.errors import SAEFormatError
+from saekit.files.faults import cut_off
 from saekit.files.mapped import give_back, mapped_tensors, pieces
 from saekit.reasons import reason, reason_of_unpickling
 
@@ -58,7 +59,7 @@ def _safetensors(path: Path, where: str) -> Mapping[str, Any]:
     try:
         return mapped_tensors(path)
     except Exception as error:  # the library raises its own errors, and those of what it calls, for damaged files
-        raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
+        raise SAEFormatError(f"{where} is not a readable safetensors file: {cut_off(path) or reason(error)}") from error
 
 
 def read_state(path: Path, where: str) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def read_state(path: Path, where: str) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # an unpickler meets anything in a damaged file
         raise SAEFormatError(
-            f"{where} is not a plain file of tensors, and nothing else is unpickled: {reason_of_unpickling(error)}"
+            f"{where} is not a plain file of tensors, and nothing else is unpickled: "
+            f"{cut_off(path) or reason_of_unpickling(error)}"
         ) from error
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise SAEFormatError(f"{where} must hold tensors by name, found {type(state).__name__}")
@@ -100,7 +102,7 @@ def _arrays(path: Path, where: str) -> dict[str, Tensor]:
     from numpy.lib import format as npy
 
     if not zipfile.is_zipfile(path):
-        raise SAEFormatError(f"{where} is not a readable .npz file: it is empty, cut off or no archive")
+        raise SAEFormatError(f"{where} is not a readable .npz file: {cut_off(path) or 'it is no archive'}")
     check_archive(path, where)
     found = {}
     try:

@@ -7,6 +7,7 @@ giving up.  Of plugins it knows nothing: :class:`saekit.config.converter.ConfigC
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
@@ -98,7 +99,7 @@ class Structurer:
         if type(data) is cls:  # made in code, where nothing looks at types
             data = fields_of(data)
         if not isinstance(data, Mapping):
-            raise ProblemsError([("", f"expected a table of options, found {shown(data)}")])
+            raise ProblemsError([("", f"expected a table of options{_such_as(data, cls)}, found {shown(data)}")])
         try:
             attrs.resolve_types(cls)
         except Exception as error:  # refused when a plugin is registered; a class of one's own may come here
@@ -235,6 +236,14 @@ class Structurer:
         if problems:
             raise ProblemsError(problems)
         return made
+
+
+def _such_as(data: object, cls: type[Any]) -> str:
+    """A table of the text that somebody gave in its place, where the first option is a text."""
+    first = next((field for field in attrs.fields(cls) if field.init), None)
+    if not isinstance(data, str) or first is None or first.type not in (str, "str", str | None, "str | None"):
+        return ""
+    return f" such as {{{first.name} = {json.dumps(data)}}}"
 
 
 def _beside(data: Mapping[Any, Any], fields: Iterable[attrs.Attribute[Any]]) -> Iterator[tuple[str, str]]:

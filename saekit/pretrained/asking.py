@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
@@ -17,7 +17,7 @@ from saekit.plugins.manager import PluginManager
 from saekit.pretrained.catalog import Catalog
 from saekit.released import Release
 
-__all__ = ["Asked", "ReleaseFiles", "asked_for", "catalog_of", "find_release"]
+__all__ = ["Asked", "ReleaseFiles", "asked_for", "catalog_of", "find_release", "hinting_at_release"]
 
 ReleaseFiles: TypeAlias = str | Path | Sequence[str | Path]
 
@@ -57,6 +57,49 @@ def find_release(name: str, *, releases: ReleaseFiles = (), plugins: PluginManag
     :class:`saekit.errors.UnknownKeyError` for a name that is none has the nearest.
     """
     return catalog_of(releases, plugins).find(name)
+
+
+@contextmanager
+def hinting_at_release(path: str | Path, plugins: PluginManager | None = None) -> Iterator[None]:
+    """Errors about a path that is not there say so where it is the name of a release, ``RELEASE:ID`` or a repository's.
+
+    For what takes a path alone.
+    """
+    try:
+        yield
+    except SaekitError as error:
+        with suppress(OSError, RuntimeError, ValueError, SaekitError):  # of what is no path, and of lists of releases
+            if not as_path(path).exists() and (hint := _release_hint(os.fspath(path), plugins)):
+                error.add_note(hint)
+        raise
+
+
+def _release_hint(text: str, plugins: PluginManager | None) -> str:
+    catalog = catalog_of((), plugins)
+    by_name = {name: one for one in catalog.releases for name in (one.name, one.key)}
+    name, sae_id = (text, "") if text in by_name else text.rpartition(":")[::2]
+    if (release := by_name.get(name)) is None:
+        repo, folder = "/".join(text.split("/")[:2]), "/".join(text.split("/")[2:])
+        if not (known := [one.name for one in catalog.of_repo(repo)]):
+            return ""
+        return (
+            f"{repo} is a repository of the Hub: saekit.SAE.from_hub({repo!r}, {folder or 'FOLDER'!r}) loads an SAE of "
+            f"it, and saekit.SAE.from_pretrained(RELEASE, ID) one of {' or '.join(known)}"
+        )
+    if not sae_id and len(release.ids) == 1:
+        return (
+            f"{name} is a published SAE: saekit.SAE.from_pretrained({name!r}) loads it, and save(FOLDER) on "
+            "that makes a folder of it"
+        )
+    if sae_id in release.ids:
+        return (
+            f"{text} is a published SAE: saekit.SAE.from_pretrained({name!r}, {sae_id!r}) loads it, and "
+            "save(FOLDER) on that makes a folder of it"
+        )
+    return (
+        f"{name} is a release of published SAEs: saekit.SAE.from_pretrained({name!r}, ID) loads one, and `saekit saes "
+        f"info {name}` lists their ids"
+    )
 
 
 def asked_for(

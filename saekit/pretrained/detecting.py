@@ -1,26 +1,31 @@
-"""Asking strangers' loaders: what fails in one says whose it is, and stops no other."""
+"""Whose format files are of: loaders are asked, and what fails in one says whose it is, and stops no other."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import attrs
 
-from saekit.errors import PluginFailedError, PluginWarning
+from saekit.abilities import KnowsParts
+from saekit.errors import PluginFailedError, PluginWarning, SAEFormatError
+from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.choice import Choice
+from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.protocols import PretrainedLoader
 from saekit.reasons import error_text
 from saekit.saved import PretrainedSAE, SAEFiles
 
-__all__ = ["Score", "read_with", "recognized", "usable"]
+__all__ = ["Score", "detected", "read_with", "recognized", "usable"]
 
 
 Score: TypeAlias = tuple[float, Registered]
 """How sure a loader is, above 0 and up to 1."""
+_LIKELY = 0.5, 0.75
+"""From where to where a loader finds it likely that files are of its format, and is not sure."""
 
 
 def usable(item: Registered) -> bool:
@@ -52,6 +57,80 @@ def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score
         for text in failed:
             warnings.warn(text, PluginWarning, stacklevel=5)
     return sorted(found, key=lambda one: -one[0]), failed
+
+
+def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
+    """The loader that is surest that ``files`` are of its format.
+
+    A warning says that another one may be right, and :class:`SAEFormatError` that several are equally sure, or what
+    none of them finds.
+    """
+    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
+    found, failed = recognized(items, files)
+    surest = [item for score, item in found if score == found[0][0]]
+    if len(surest) == 1:
+        _warn_of_others(found, files)
+        return surest[0]
+    names = ", ".join(item.key for item in surest or items)
+    if found:
+        others = ", ".join(f"{item.key} ({score:.2g})" for score, item in found[len(surest) :])
+        raise SAEFormatError(
+            f"several loaders recognize {files.place}: {names}. They are equally sure ({found[0][0]:.2g} of 1"
+            + (f"; less sure: {others}). " if others else "). ")
+            + "Name one: loader=..."
+        )
+    if pointers := files.pointers():
+        raise SAEFormatError(
+            f"no loader recognizes {files.place}, where pointers of git-LFS are in the place of "
+            f"{', '.join(pointers[:10])}: `git lfs pull` in that repository fetches them"
+        )
+    shown = ", ".join(sorted(files.names)[:10]) or "no files"
+    nearly, failures = _nearly_recognized(items, files)
+    what = "; or ".join(nearly) or f"there are {names}; name one: loader=..."
+    raise SAEFormatError(
+        f"no loader recognizes {files.place}, which has {shown}. {what[0].upper()}{what[1:]}"
+        + "".join(f"\n{text}" for text in (*failed, *failures))
+    )
+
+
+def _warn_of_others(found: Sequence[Score], files: SAEFiles) -> None:
+    """Where the surest loader is not sure, and another one thinks it likely, too, that may be the right one."""
+    (best, item), *less = found
+    others = [other for score, other in less if best <= _LIKELY[1] and score >= _LIKELY[0]]
+    if not others:
+        return
+    everyone = [item, *others]
+    names = [one.entry.name for one in everyone]
+    own, *rest = names if len({*names}) == len(names) else [one.key for one in everyone]
+    what = [f"{name} [{one.entry.summary}]" for one, name in zip(everyone, (own, *rest), strict=True)]
+    warnings.warn(
+        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: the files are alike, and their "
+        f"path does not tell. loader={' or '.join(map(repr, rest))} reads the other, and loader={own!r} says that this "
+        "is right",
+        stacklevel=9,  # who calls SAE.load
+    )
+
+
+def _nearly_recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[str], list[str]]:
+    """What the files look like, and what is missing of it, as sentences, and texts about loaders that failed."""
+    nearly, failed = [], []
+    for item in items:
+        try:
+            loader = built(item, None)
+        except Exception:  # which is said already
+            continue
+        if not isinstance(loader, KnowsParts):
+            continue
+        try:
+            with blamed(item, "missing_part"):
+                said = loader.missing_part(files.unopened())
+            if not isinstance(said, str | None):
+                raise returned(item, "missing_part", said, "expected a text, or None")
+            if said:
+                nearly.append(f"it looks like a folder of {item.key} [{item.entry.summary}] that lacks {said}")
+        except Exception as error:
+            failed.append(error_text(error))
+    return nearly, failed
 
 
 def read_with(choice: Choice[PretrainedLoader], files: SAEFiles) -> PretrainedSAE:

@@ -19,7 +19,7 @@ from saekit.kinds import INPUT_TRANSFORMS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
-from saekit.pretrained.detecting import read_with, recognized, usable
+from saekit.pretrained.detecting import detected, read_with
 from saekit.pretrained.overriding import overridden
 from saekit.pretrained.provenance import OWN, checksums, provenance, verify
 from saekit.protocols import PretrainedLoader
@@ -123,7 +123,7 @@ def loader_of(files: SAEFiles, plugins: PluginManager) -> Choice[PretrainedLoade
 
     if is_own(files.unopened()):
         return None
-    return plugins.bound(PRETRAINED_LOADERS, _detected(files.unopened(), plugins).key)
+    return plugins.bound(PRETRAINED_LOADERS, detected(files.unopened(), plugins).key)
 
 
 @contextmanager
@@ -155,27 +155,6 @@ def _of_files(error: SAEFormatError, files: SAEFiles) -> SAEFormatError:
     if any(name in str(error) for name in files.opened):
         return error
     return SAEFormatError(f"{error} (read from {', '.join(sorted(files.opened))})")
-
-
-def _detected(files: SAEFiles, plugins: PluginManager) -> Registered:
-    items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
-    found, failed = recognized(items, files)
-    surest = [item for score, item in found if score == found[0][0]]
-    if len(surest) == 1:
-        return surest[0]
-    names = ", ".join(item.key for item in surest or items)
-    if found:
-        others = ", ".join(f"{item.key} ({score:.2g})" for score, item in found[len(surest) :])
-        raise SAEFormatError(
-            f"several loaders recognize {files.place}: {names}. They are equally sure ({found[0][0]:.2g} of 1"
-            + (f"; less sure: {others}). " if others else "). ")
-            + "Name one: loader=..."
-        )
-    shown = ", ".join(sorted(files.names)[:10]) or "no files"
-    raise SAEFormatError(
-        f"no loader recognizes {files.place}, which has {shown}. There are {names}; name one: loader=..."
-        + "".join(f"\n{text}" for text in failed)
-    )
 
 
 def build_sae(

@@ -12,10 +12,12 @@ import attrs
 from saekit.ambient import ambient
 from saekit.config import PluginChoice
 from saekit.errors import SAEFormatError
+from saekit.files.faults import cut_off
 from saekit.files.names import SAE_PROBE
 from saekit.files.storage import sha256
 from saekit.files.strict_json import parse_object
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.asking import hinting_at_release
 from saekit.pretrained.differences import Differences
 from saekit.pretrained.load import load_sae
 from saekit.reasons import reason
@@ -35,7 +37,8 @@ def verify(path: str | Path, *, loader: PluginChoice | None = None, plugins: Plu
     somebody has converted, rounded or edited, so weights that do not fit their checksum are looked at all the same.
     :class:`saekit.errors.SAEFormatError` for a path that is no folder of an SAE, and for one without a probe.
     """
-    files = SAEFiles.at(path)
+    with hinting_at_release(path, plugins):
+        files = SAEFiles.at(path)
     _check_probe_is_there(files)
     faults: list[str] = []
     try:
@@ -96,7 +99,7 @@ def _read(path: Path, where: str, sae: SAEModule) -> Expected:
             facts = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
     except Exception as error:  # the library raises its own errors for damaged files
-        raise SAEFormatError(f"{where} is not a readable safetensors file: {reason(error)}") from error
+        raise SAEFormatError(f"{where} is not a readable safetensors file: {cut_off(path) or reason(error)}") from error
     fields = [field.name for field in attrs.fields(Expected) if field.name != "facts"]
     if missing := [name for name in fields if name not in tensors]:
         raise SAEFormatError(f"{where} lacks {', '.join(missing)}")

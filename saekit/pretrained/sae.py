@@ -5,6 +5,7 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
@@ -16,7 +17,7 @@ from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.names import SAE_CONFIG
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
-from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of
+from saekit.pretrained.asking import ReleaseFiles, asked_for, catalog_of, hinting_at_release
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
 from saekit.pretrained.made import made_from, options_of
@@ -39,6 +40,17 @@ class SAE(SAEModule):
     beside_mathematics: ClassVar[frozenset[str]] = frozenset(
         {"export", "from_dict", "from_hub", "from_pretrained", "from_release", "load", "push_to_hub", "save", "to_dict"}
     )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """As always, but for what somebody gives who means :meth:`from_dict` or :meth:`load`."""
+        given = args[0] if args else None
+        if isinstance(given, Mapping | str | os.PathLike) or (cls is SAE and kwargs and "ports" not in kwargs):
+            raise ConfigError(
+                f"{cls.__name__}(...) is how saekit builds an architecture. Of options, "
+                "saekit.SAE.from_dict({'name': 'topk', 'd_in': 768, 'd_sae': 6144, 'k': 32}) makes an SAE, and "
+                "saekit.SAE.load(folder) or saekit.SAE.from_pretrained(release, sae_id) loads one"
+            )
+        return super().__new__(cls)
 
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
@@ -240,7 +252,9 @@ def _loaded(files: SAEFiles, verify: bool, **how: Any) -> SAEModule:
 
 def _local(path: str | Path, verify: bool, **how: Any) -> SAEModule:
     """The SAE at ``path``, which knows where it was read from."""
-    sae, place = _loaded(SAEFiles.at(path), verify, **how), as_path(path)
+    with hinting_at_release(path, how["plugins"]):
+        files = SAEFiles.at(path)
+    sae, place = _loaded(files, verify, **how), as_path(path)
     own = place / "sae"
     sae.read_from = (own if not (place / SAE_CONFIG).exists() and (own / SAE_CONFIG).is_file() else place).absolute()
     return sae

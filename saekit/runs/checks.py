@@ -13,6 +13,7 @@ from saekit.files.storage import locked
 from saekit.kinds import ACTIVATION_SOURCES, EVALS, MODEL_BACKENDS, TRACKERS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
+from saekit.pretrained.asking import hinting_at_release
 from saekit.protocols import Eval, Tracker
 from saekit.saved import SAEFiles
 
@@ -93,10 +94,11 @@ def check_finetuning(config: TrainConfig, options: SAEConfig) -> None:
 
 def start_files(path: str) -> SAEFiles:
     """The files of the saved SAE that training starts from."""
-    try:
-        return SAEFiles.in_folder(path)
-    except SAEFormatError as error:
-        raise SAEFormatError(f"{error} (training.from_pretrained_path)") from error
+    with hinting_at_release(path):
+        try:
+            return SAEFiles.in_folder(path)
+        except SAEFormatError as error:
+            raise SAEFormatError(f"{error} (training.from_pretrained_path)") from error
 
 
 @contextlib.contextmanager

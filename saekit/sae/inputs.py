@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +14,31 @@ from saekit.sae.parameters import Factor
 from saekit.transforms import Affine
 from saekit.values import Ports
 
-__all__ = ["check_maps", "check_rows", "check_scales", "check_sequences", "check_size", "check_type", "check_width"]
+__all__ = [
+    "check_input", "check_maps", "check_rows", "check_scales", "check_sequences", "check_size", "check_type",
+    "check_width",
+]  # fmt: skip
+
+
+def check_input(x: Tensor, ports: Ports) -> None:
+    """:class:`ConfigError` unless ``x`` can be the inputs of ``ports``, side by side."""
+    if isinstance(x, Mapping):
+        raise ConfigError(
+            f"inputs must be a tensor [..., d_in], found {type(x).__name__}: sae.ports.join_input(values) makes it of "
+            f"tensors by the names of the inputs ({', '.join(ports.inputs)})"
+        )
+    check_type(x, "inputs")
+    if len(ports.inputs) > 1 and ports.d_in not in (*x.shape[-1:], math.prod(x.shape[-2:])):
+        sites = " and ".join(f"{name} ({width})" for name, width in ports.inputs.items())
+        raise ConfigError(
+            f"inputs must be [..., d_in], and d_in is {ports.d_in}: {sites} side by side, as "
+            f"sae.ports.join_input(values) makes them of tensors by these names; found {list(x.shape)}"
+        )
 
 
 def check_width(values: Tensor, width: int, name: str, what: str) -> None:
     """:class:`ConfigError` unless ``values`` are ``[..., width]``; ``name`` is the width's, ``what`` the values'."""
+    _check_is_tensor(values, what)
     if values.ndim == 0 or values.shape[-1] != width:
         raise ConfigError(f"{what} must be [..., {name}], and {name} is {width}; found {list(values.shape)}")
     check_type(values, what)
@@ -26,14 +46,19 @@ def check_width(values: Tensor, width: int, name: str, what: str) -> None:
 
 def check_type(values: Tensor, what: str) -> None:
     """:class:`ConfigError` for whole numbers, such as the token ids that somebody took for activations."""
-    if not hasattr(values, "is_floating_point"):
-        raise ConfigError(f"{what} must be a tensor, found {type(values).__name__}; torch.as_tensor(...) makes one")
+    _check_is_tensor(values, what)
     if not values.is_floating_point():
         name = str(values.dtype).removeprefix("torch.")
         raise ConfigError(
             f"{what} must be floating-point numbers, found {name} {list(values.shape)}; if these are not token ids, "
             "but what is meant, give them as .float()"
         )
+
+
+def _check_is_tensor(values: object, what: str) -> None:
+    if not hasattr(values, "is_floating_point"):
+        made = "" if isinstance(values, Mapping) else "; torch.as_tensor(...) makes one"
+        raise ConfigError(f"{what} must be a tensor, found {type(values).__name__}{made}")
 
 
 def check_sequences(rows: Tensor, architecture: str) -> None:
@@ -53,6 +78,7 @@ def check_size(values: Tensor, shape: Sequence[int], what: str, wanted: str) -> 
 
 def check_rows(x: Tensor, target: Tensor | None, ports: Ports) -> None:
     """:class:`ConfigError` unless ``x`` is ``[n, d_in]`` and ``target``, if there is one, ``[n, d_out]``."""
+    check_input(x, ports)
     if x.ndim != 2:
         raise ConfigError(f"the rows of a step must be [n, d_in], and d_in is {ports.d_in}; found {list(x.shape)}")
     check_width(x, ports.d_in, "d_in", "the rows of a step")

@@ -23,7 +23,7 @@ from saekit.sae import init
 from saekit.sae.familiar import Familiar
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
-from saekit.sae.inputs import check_rows, check_sequences, check_size, check_type, check_width
+from saekit.sae.inputs import check_input, check_rows, check_sequences, check_size, check_type, check_width
 from saekit.sae.learning import Learning
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.shown import in_a_table, in_one_line
@@ -199,6 +199,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
 
         With hooks on features or pre-activations, they are those that the hooks leave.
         """
+        check_input(x, self.ports)
         with torch.no_grad():
             kernel = None if self._hooked("acts_pre", "acts_post") else self._kernel_for(x)
             if kernel is None:
@@ -302,7 +303,7 @@ class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
         return self.W_dec if self.scaling_factor is None else self.W_dec * self.scaling_factor[:, None]
 
     def _rows(self, x: Tensor) -> Tensor:
-        check_type(x, "inputs")
+        check_input(x, self.ports)
         rows = flatten_heads(x, self.d_in)[0].to(self.dtype)
         if self.reads_sequences:
             check_sequences(rows, self.info.architecture)

@@ -29,7 +29,7 @@ CASES: Mapping[str, Mapping[str, Any]] = {
     "sae_lens": {},
     "saekit, in bfloat16": {"dtype": "bfloat16"},
     "dictionary_learning (.pt, both turned)": {},
-    "gemma_2 (.npz)": {},
+    "gemma_2 (.npz)": {"loader": "gemma_2"},
 }
 FILES = {"saekit": "sae_weights.safetensors", "sae_lens": "sae_weights.safetensors", "dictionary_learning": "ae.pt",
          "gemma_2": "params.npz"}  # fmt: skip

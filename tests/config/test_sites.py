@@ -114,3 +114,25 @@ def test_positions_that_are_left_out_stay_bit_for_bit(site: Site, shape: tuple[i
     bits = [values[~kept].contiguous().view(torch.int32) for values in (replaced, site.extract(held))]
     assert torch.equal(*bits)
     assert (replaced[kept] == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (
+            {"inputs": ["a", TABLES["b"]]},
+            "inputs[0]: expected a table of options such as {hook_name = \"a\"}, found 'a'",
+        ),
+        ({"site": "a"}, "site: expected a table of options such as {hook_name = \"a\"}, found 'a'"),
+        (
+            {"activations": {"cache": {"sites": ["a"]}}},
+            'sites[0]: expected a table of options such as {hook_name = "a"}',
+        ),
+        ({"site": 5}, "site: expected a table of options, found 5"),
+        ({"training": "fast"}, "training: expected a table of options, found 'fast'"),
+    ],
+)
+def test_a_bare_name_is_shown_as_a_table(table: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        saekit.load_config(table)
+    assert message in str(error.value)

@@ -427,13 +427,13 @@ def archive(folder: Path, members: dict[str, bytes], packed: int = zipfile.ZIP_D
 )
 def test_archives_that_hold_no_arrays(tmp_path: Path, members: dict[str, bytes], message: str) -> None:
     with pytest.raises(SAEFormatError, match=message):
-        SAE.load(archive(tmp_path, members))
+        SAE.load(archive(tmp_path, members), loader="gemma_2")
 
 
 def test_an_archive_that_unpacks_to_more_than_there_is_room_for(tmp_path: Path) -> None:
     zeros = npy((1 << 25,)) + b"\0" * (1 << 27)
     with pytest.raises(SAEFormatError, match="says that it unpacks to 134,217,.*no weights can be packed like that"):
-        SAE.load(archive(tmp_path, {"W_enc.npy": zeros}))
+        SAE.load(archive(tmp_path, {"W_enc.npy": zeros}), loader="gemma_2")
     folder = copied("goodfire", tmp_path / "b")
     path = next(folder.glob("*.pth"))
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:

@@ -217,15 +217,20 @@ def strangers(**scores: object) -> saekit.PluginManager:
 
 
 def detected(folder: Path, **scores: object) -> str:
-    from saekit.pretrained.load import _detected
+    from saekit.pretrained.detecting import detected as choose
 
-    return _detected(SAEFiles.in_folder(folder), strangers(**scores)).entry.name
+    return choose(SAEFiles.in_folder(folder), strangers(**scores)).entry.name
 
 
 def test_the_surest_loader_reads(tmp_path: Path) -> None:
     (tmp_path / "x").write_text("")
     assert detected(tmp_path, a=0.4, b=0.6, c=0) == "b"
     assert detected(tmp_path, a=0.9, b=True, c=False) == "b", "true is sure"
+    assert detected(tmp_path, a=0.7, b=0.8) == "b", "sure enough for no warning"
+    with pytest.warns(
+        UserWarning, match=r"is read by b \[\], and may be for a \[\]: .* loader='a' reads the other, and "
+    ):
+        assert detected(tmp_path, a=0.5, b=0.75, c=0.4) == "b"
     with pytest.raises(SAEFormatError) as error:
         detected(tmp_path, a=0.6, b=0.6, c=0.5)
     assert "several loaders recognize" in str(error.value)

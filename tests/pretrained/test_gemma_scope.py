@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,69 @@ def test_the_repository_says_the_hook(tmp_path: Path, kind: str, hook: str) -> N
         assert sae.info.site == Site(hook_name=f"blocks.7.{hook}")
         assert sae.info.metadata["model_name"] == "gemma-2-9b-it"
     assert SAE.load(FIXTURES / "gemma_scope_2_npz").info.site is None, "nothing is invented"
+
+
+KINDS = {
+    "google/gemma-scope-2b-pt-transcoders": True,
+    "models--google--gemma-scope-2b-pt-transcoders/snapshots/abc": True,
+    "models--google--gemma-scope-2b-pt-transcoders": True,
+    "models--google--gemma-scope-9b-it-res/snapshots/abc": False,
+    "gemma_2_transcoder": True,
+    "Transcoders/gemma-2": True,
+    "transcoders/gemma-scope-2b-pt-mlp-canonical": False,
+    "gemma-scope-2b/transcoders": True,
+    "gemma-scope-2b-x/a/b/c": False,
+    "mine/2b-pt-att": False,
+    "transcoders/a/b": None,
+    "2b-pt-att/a/b": None,
+    "residuals": None,
+}
+"""What the folders above say: whether it is a transcoder.  None: nothing."""
+
+
+@pytest.mark.parametrize("place", KINDS)
+def test_the_path_tells_transcoders_from_saes(tmp_path: Path, place: str) -> None:
+    """Their files are alike, and what nothing tells is said, once, and not where the loader is named."""
+    folder = copied("gemma_2_transcoder", tmp_path / "x/y", place) / place
+    for at in (folder, next(folder.rglob("params.npz"))):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            sae = SAE.load(at)
+        assert sae.info.architecture == f"saekit:jumprelu{'_transcoder' if KINDS[place] else ''}"
+        assert len(told) == (KINDS[place] is None)
+        for one in told:
+            assert "may be for gemma_2_transcoder [transcoders of Gemma Scope (params.npz)]" in str(one.message)
+            assert "loader='gemma_2_transcoder' reads the other, and loader='gemma_2' says" in str(one.message)
+            assert one.filename == __file__
+    for loader in ("gemma_2", "gemma_2_transcoder"):
+        expected = loader.replace("gemma_2", "saekit:jumprelu")
+        assert SAE.load(folder, loader=loader).info.architecture == expected
+
+
+def test_gemma_3_without_its_path(tmp_path: Path) -> None:
+    """Its config.json says what it is, or the option; what neither says is said."""
+    folder = tmp_path / "layer_9_width_16k_l0_small"
+    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, folder)
+    for read, site in {
+        "output": "hook_resid_post", "self_attn.o_proj.input": "attn.hook_z",
+        "post_feedforward_layernorm.output": "hook_mlp_out",
+    }.items():  # fmt: skip
+        edit_json(folder / "config.json", lambda table, at=read: table.update(hf_hook_point_in=f"model.layers.9.{at}"))
+        assert SAE.load(folder).info.site == Site(hook_name=f"blocks.9.{site}")
+    written = {"hf_hook_point_out": "model.layers.9.post_feedforward_layernorm.output"}
+    for hooks in ({"hf_hook_point_in": "model.layers.9.pre_feedforward_layernorm.output"}, written):
+        edit_json(folder / "config.json", lambda table, hooks=hooks: table.update({"hf_hook_point_in": "x"} | hooks))
+        assert SAE.load(folder).info.sites.name == "blocks.9.hook_mlp_in-to-blocks.9.hook_mlp_out"
+    (folder / "config.json").unlink()
+    with pytest.warns(UserWarning, match="is read as an SAE, and may be a transcoder: .* 'kind': 'transcoder'}"):
+        assert SAE.load(folder).info.site is None
+    said = {"name": "gemma_3", "kind": "transcoder"}
+    assert SAE.load(folder, loader=said).info.architecture == "saekit:jumprelu_transcoder"
+    said["kind"] = "mlp_out"
+    assert SAE.load(folder, loader=said).info.site == Site(hook_name="blocks.9.hook_mlp_out")
+    edit_tensors(folder / "params.safetensors", lambda tensors: tensors.update(affine_skip_connection=torch.eye(16)))
+    with pytest.raises(SAEFormatError, match="kind is 'mlp_out', but params.safetensors in .* has a skip connection"):
+        SAE.load(folder, loader=said)
 
 
 def test_gemma_3_without_its_config(tmp_path: Path) -> None:
@@ -117,3 +181,14 @@ def test_gemma_3_cross_layer_transcoders_with_a_skip(tmp_path: Path, layers: int
     save_file(given | {"affine_skip_connection": torch.zeros(16, 2, 16)}, place / "params_layer_4.safetensors")
     with pytest.raises(SAEFormatError, match=r"affine_skip_connection of .* has shape \[16, 2, 16\], expected \[d_in"):
         SAE.load(tmp_path)
+
+
+def test_what_a_named_loader_does_not_find_is_said(tmp_path: Path) -> None:
+    folder = copied("sae_lens_6.54.12_topk", tmp_path)
+    for loader, names in {
+        "gemma_2": "params.npz", "gemma_3": r"params.safetensors or clt\*/\*layer_N\*.safetensors",
+        "sae_lens_legacy": r"\*.\(pt or pkl or pkl.gz\)", "goodfire": r"Llama-3\*-SAE-lN.pt",
+    }.items():  # fmt: skip
+        expected = f"{loader} reads {names}, and there is no such file in .*, which has cfg.json, sae_weights.safetens"
+        with pytest.raises(SAEFormatError, match=expected):
+            SAE.load(folder, loader=loader)

@@ -238,7 +238,7 @@ def test_the_gadgets_work_where_a_pickle_is_run(tmp_path: Path) -> None:
 
 OPCODES: dict[str, tuple[bytes, str]] = {
     "no pickle": (b"hello", "is no readable pickle"),
-    "nothing": (b"", "is no readable pickle"),
+    "nothing": (b"", "cannot be read: it is empty"),
     "cut off": (pickle.dumps({"cfg": list(range(1000))})[:-40], "is no readable pickle"),
     "an empty stack": (b"\x80\x040.", "is no readable pickle"),
     "no mark": (b"\x80\x04t.", "is no readable pickle"),

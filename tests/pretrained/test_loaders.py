@@ -15,9 +15,10 @@ from saekit_plugins.loaders.connor_rob_hook_z import ConnorRobConfig
 from safetensors.torch import save_file
 from support.fake_hub import FakeHub, fake_hub
 from support.foreign import CONNOR, NEW, OLD, reconstruct, tensors, write, write_connor
+from support.formats import FIXTURES, copied, edit_json
 
 import saekit
-from saekit import SAE
+from saekit import SAE, Site
 from saekit.errors import SAEFormatError
 
 
@@ -37,6 +38,40 @@ def test_sae_lens_of_every_age(tmp_path: Path, config: dict, tanh: bool) -> None
     assert sae.info.site == saekit.Site(hook_name="blocks.2.hook_resid_pre")
     assert sae.info.metadata["model_name"] == "gpt2-small"
     assert sae.log_sparsity is None
+
+
+def test_sae_lens_6_need_not_name_a_hook(tmp_path: Path) -> None:
+    """As of SAEs that were made by hand, or trained on somebody's own activations."""
+    bare = FIXTURES / "sae_lens_6.54.12_bare_standard"
+    sae = SAE.load(bare)
+    assert sae.info.site is None
+    assert sae.ports == SAE.from_dict({"name": "standard", "d_in": 16, "d_sae": 64}).ports, "as what is made here"
+    named = SAE.load(bare, loader={"name": "sae_lens", "hook_name": "blocks.2.hook_resid_pre"})
+    assert (
+        named.info.site == SAE.load(named.save(tmp_path / "a")).info.site == Site(hook_name="blocks.2.hook_resid_pre")
+    )
+    for form in ("sae_lens", "dictionary_learning"):
+        assert SAE.load(sae.export(tmp_path / form, form)).info.site is None
+    assert "hook_name" not in json.loads((tmp_path / "sae_lens/cfg.json").read_text())["metadata"]
+    with pytest.raises(
+        SAEFormatError, match="option hook_name is 'a', but cfg.json in .* says 'blocks.2.hook_resid_pr"
+    ):
+        SAE.load(write(tmp_path / "b", NEW, tensors()), loader={"name": "sae_lens", "hook_name": "a"})
+
+
+def test_transcoders_of_sae_lens_6_need_not_name_hooks(tmp_path: Path) -> None:
+    bare = FIXTURES / "sae_lens_6.54.12_bare_transcoder"
+    sae = SAE.load(bare)
+    assert (sae.info.sites, sae.ports) == (None, saekit.Ports({"input": 16}, {"output": 16}))
+    assert SAE.load(sae.export(tmp_path / "a", "sae_lens")).ports == sae.ports
+    folder = copied(bare.name, tmp_path / "b")
+    edit_json(folder / "cfg.json", lambda table: table["metadata"].update(hook_name_out="blocks.2.hook_mlp_out"))
+    half = SAE.load(folder)
+    assert (half.info.sites, half.info.metadata["hook_name_out"]) == (None, "blocks.2.hook_mlp_out")
+    whole = SAE.load(folder, loader={"name": "sae_lens", "hook_name": "blocks.2.hook_mlp_in"})
+    assert whole.info.sites == saekit.Sites(
+        (Site(hook_name="blocks.2.hook_mlp_in"),), (Site(hook_name="blocks.2.hook_mlp_out"),)
+    )
 
 
 def test_sae_lens_details(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -170,3 +171,47 @@ def test_ports_name_what_does_not_fit() -> None:
         ports.split_input(b)
     with pytest.raises(ConfigError, match=r"must be \[\.\.\., d_out\], and d_out is 4: c side by side; found \[\]"):
         ports.split_target(torch.zeros(()))
+
+
+# ---- what is meant for a function beside
+
+
+def test_inputs_by_name_are_joined_first() -> None:
+    """Whoever gives a crosscoder what forwards hold, or one input alone, learns what lays them side by side."""
+    ports = saekit.Ports({"a": 2, "b": 4})
+    sae = saekit.SAE.from_dict({"name": "crosscoder", "d_sae": 5}, ports=ports)
+    held = {"a": torch.ones(3, 2), "b": torch.ones(3, 4)}
+    step = saekit.StepInput(0, torch.Generator())
+    for given in (
+        sae,
+        sae.encode,
+        sae.encode_sparse,
+        lambda x: sae.encode_topk(x, 2),
+        lambda x: sae.training_step(x, step),
+    ):
+        joined = r"found dict: sae.ports.join_input\(values\) makes it of tensors by the names of the inputs \(a, b\)"
+        with pytest.raises(ConfigError, match=joined):
+            given(held)
+        wide = r"d_in is 6: a \(2\) and b \(4\) side by side, as sae.ports.join_input\(values\) .* found \[3, 4\]"
+        with pytest.raises(ConfigError, match=wide):
+            given(held["b"])
+        given(sae.ports.join_input(held))
+        sae.zero_grad()
+    assert sae.encode(torch.ones(3, 2, 3)).shape == (3, 5), "as heads are"
+    for method in (sae.decode, sae.pre_activations):
+        with pytest.raises(ConfigError, match="must be a tensor, found dict$"):
+            method(held)
+
+
+def test_an_sae_of_a_table_or_a_path_is_made_or_loaded_by_another_name() -> None:
+    topk = type(saekit.SAE.from_dict({"name": "topk", "d_in": 4, "d_sae": 8, "k": 2}))
+    for make in (
+        lambda: saekit.SAE({"name": "topk"}), lambda: saekit.SAE("a/folder"), lambda: saekit.SAE(Path("a/folder")),
+        lambda: saekit.SAE(d_in=4, d_sae=8), lambda: topk({"d_in": 4}),
+    ):  # fmt: skip
+        with pytest.raises(
+            ConfigError, match=r"SAE\(...\) is how .* saekit.SAE.from_dict\({.*saekit.SAE.load\(folder\)"
+        ):
+            make()
+    with pytest.raises(TypeError, match="missing"):
+        saekit.SAE()

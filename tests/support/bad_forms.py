@@ -65,7 +65,7 @@ FORMS = {
     ),
     "qwen_scope": Form("qwen_scope", "layer0.sae.pt", loader=GIVEN["qwen_scope"]),
     "openai": Form("openai_v1_relu", "mlp_post_act/autoencoders/3.pt", "", "encoder.weight", "latent_bias"),
-    "gemma_2": Form("gemma_scope_2_npz", "", "", "W_enc"),
+    "gemma_2": Form("gemma_scope_2_npz", "", "", "W_enc", loader={"name": "gemma_2"}),
     "gemma_2_transcoder": Form("gemma_2_transcoder", "", "", "W_enc", loader={"name": "gemma_2_transcoder"}),
     "temporal": Form("temporal", "layer_12/temporal/latest_ckpt.safetensors", "layer_12/temporal/conf.yaml", "D", "b"),
     "matching_pursuit": Form("sae_lens_6.54.12_matching_pursuit", _SAE, "cfg.json", "W_dec", "b_dec"),

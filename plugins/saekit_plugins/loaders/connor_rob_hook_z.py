@@ -12,7 +12,7 @@ import attrs
 
 from saekit import Entry, PretrainedSAE, SAEFiles, Site, hookimpl
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import fed
+from saekit_plugins.loaders.reading import fed, found_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,13 @@ class ConnorRobLoader:
 
     def detects(self, files: SAEFiles) -> float:
         return 0.9 if _names(files) else 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        for name in found_files(files, rf"[^/]*{_SUFFIX}"):
+            weights = name.removesuffix(_SUFFIX) + ".pt"
+            if weights not in files.names:
+                return f"{weights} beside {name}"
+        return None
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = self._name or self._only(files)

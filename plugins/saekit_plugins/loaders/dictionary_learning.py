@@ -21,6 +21,7 @@ from saekit_plugins.loaders.reading import (
     OtherName,
     beside,
     found_files,
+    missing_beside,
     named,
     one_file,
     options,
@@ -67,11 +68,13 @@ class _Form:
     apply_b_dec_to_input: bool = True
 
 
+_ALIKE = ("AutoEncoderTopK", "BatchTopKSAE")
+_TRAINER = re.compile(r"(?:Trainer)?(Batch)?TopK(?:Trainer)?")
 _TOPK = _UNBIASED | {"b_dec": "b_dec"}
 _FORMS = (
     _Form(("AutoEncoder", "AutoEncoderNew"), LINEAR, apply_b_dec_to_input=False),
     _Form(("AutoEncoder", "AutoEncoderNew"), _UNBIASED | {"bias": "b_dec"}),
-    _Form(("AutoEncoderTopK", "BatchTopKSAE"), _TOPK, frozenset({"k", "threshold"})),
+    _Form(_ALIKE, _TOPK, frozenset({"k", "threshold"})),
     _Form(("AutoEncoderTopK",), _TOPK, frozenset({"k"})),
     _Form(("MatryoshkaBatchTopKSAE",), _OWN, frozenset(_STATE)),
     _Form(("JumpReluAutoEncoder",), _OWN, frozenset({"threshold"}), apply_b_dec_to_input=False),
@@ -105,6 +108,9 @@ class DictionaryLearningLoader:
             return 0.0
         return 1.0 if "trainer" in peeked(files, beside(files, names[0], "config.json")) else 0.6
 
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"config\.json", "ae.pt", keys=("trainer",))
+
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "dictionary_learning")
         where, said = f"{name} in {files.place}", beside(files, name, "config.json")
@@ -115,6 +121,8 @@ class DictionaryLearningLoader:
         state = files.state(name)
         form = _form(state, recorded, where)
         tensors = named(state, form.names, where, unused=form.state)
+        if recorded is None and form.classes == _ALIKE:
+            recorded = _class_of_trainer(trainer, config_where if said is not None else None, where)
         key, own = _architecture(state, form, recorded, trainer, tensors, where)
         hook, defaulted = _site(trainer, config_where)
         metadata = told(config, config_where)
@@ -199,11 +207,6 @@ def _architecture(
     if kind == "JumpReluAutoEncoder":
         tensors |= named({"threshold": state["threshold"]}, {"threshold": "threshold"}, where)
         return "saekit:jumprelu", {}
-    if kind is None:
-        raise SAEFormatError(
-            f"{where} may be an AutoEncoderTopK or a BatchTopKSAE, which have the same tensors, and no config.json "
-            "beside it says which. Say it: loader={'name': 'dictionary_learning', 'dict_class': ...}"
-        )
     k = _k(state, trainer, d_sae, where)
     if kind == "AutoEncoderTopK":
         return "saekit:topk", {"k": k, "rescale_acts_by_decoder_norm": False}
@@ -214,6 +217,21 @@ def _architecture(
     if kind == "MatryoshkaBatchTopKSAE":
         return "saekit:matryoshka", own | _levels(state, trainer, d_sae, where)
     return "saekit:batchtopk", own
+
+
+def _class_of_trainer(trainer: Mapping[str, Any], config: str | None, where: str) -> str:
+    """The class of those that are alike, where ``config``, if there is one, names the trainer alone."""
+    name = None if config is None else text(trainer, "trainer_class", config)
+    if name is not None and (said := _TRAINER.fullmatch(name)):
+        return _ALIKE[1 if said[1] else 0]
+    why = "no config.json beside it says which"
+    if config is not None:
+        found = "nor trainer_class" if name is None else f"and trainer_class {name!r}, which is the trainer of neither"
+        why = f"the config.json beside it has no dict_class {found}"
+    raise SAEFormatError(
+        f"{where} may be an {' or a '.join(_ALIKE)}, which have the same tensors, and {why}. Say it: "
+        "loader={'name': 'dictionary_learning', 'dict_class': ...}"
+    )
 
 
 def _levels(state: Mapping[str, Any], trainer: Mapping[str, Any], d_sae: int, where: str) -> dict[str, Any]:

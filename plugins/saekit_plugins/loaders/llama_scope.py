@@ -21,6 +21,7 @@ from saekit_plugins.loaders.reading import (
     beside,
     fed,
     found_files,
+    missing_beside,
     one_file,
     options,
     path_of,
@@ -33,6 +34,7 @@ from saekit_plugins.loaders.reading import (
 
 _FINAL = r"checkpoints/final\.safetensors"
 _DISTILLED = r"sae_weights\.safetensors"
+_KEYS = ("sae_type", "act_fn", "expansion_factor")
 _THRESHOLD = "log_jumprelu_threshold"
 
 
@@ -62,6 +64,12 @@ class LlamaScopeLoader:
     def detects(self, files: SAEFiles) -> float:
         found = found_files(files, _FINAL if not files.chosen else r"final\.safetensors")
         return 0.95 if any(_above(files, name) for name in found) else 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        for name in found_files(files, r"final\.safetensors" if files.chosen else _FINAL):
+            if _above(files, name) is None:
+                return f"hyperparams.json in the folder above {name}"
+        return missing_beside(files, r"hyperparams\.json", "checkpoints/final.safetensors")
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         if files.chosen:
@@ -113,9 +121,12 @@ class LlamaScopeR1Loader:
 
     def detects(self, files: SAEFiles) -> float:
         for name in found_files(files, _DISTILLED):
-            if {"sae_type", "act_fn", "expansion_factor"} <= peeked(files, beside(files, name, "config.json")).keys():
+            if {*_KEYS} <= peeked(files, beside(files, name, "config.json")).keys():
                 return 0.95
         return 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"config\.json", "sae_weights.safetensors", keys=_KEYS)
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _DISTILLED, self._sae, "llama_scope_r1_distill")

@@ -61,6 +61,14 @@ class MntssLoader:
         names = found_files(files, _PATTERN)
         return 0.9 if any(beside(files, name, _decoder(name)) for name in names) else 0.0
 
+    def missing_part(self, files: SAEFiles) -> str | None:
+        for name in found_files(files, r"W_(?:enc|dec)_\d+\.safetensors"):
+            file = name.rpartition("/")[2]
+            other = file.replace("W_enc_", "W_dec_") if "W_enc_" in file else file.replace("W_dec_", "W_enc_")
+            if beside(files, name, other) is None:
+                return f"{other} beside {name}"
+        return None
+
     def locate(self, path: str, names: Collection[str]) -> str | None:
         """Releases say the layer alone."""
         encoder = f"W_enc_{path}.safetensors"

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of", "named",
-    "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
+    "LINEAR", "OneOfSeveral", "OtherName", "ReLUFileLoader", "beside", "fed", "found_files", "layer_of",
+    "missing_beside", "named", "one_file", "options", "path_of", "peeked", "site", "tensors_of", "text", "whole_number",
 ]  # fmt: skip
 
 LINEAR = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T", "decoder.bias": "b_dec"}
@@ -37,10 +37,32 @@ class OtherName:
     def detects(self, files: SAEFiles) -> float:
         return 0.0
 
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return None
+
 
 def layer_of(name: str) -> int:
     """The number in the name of a file that has one, as in ``layer_6.safetensors``."""
     return int("".join(filter(str.isdigit, name.rpartition("/")[2])))
+
+
+_WORDS = (
+    (r"\(\?![^()]*\)|\(\?:[^()|]*/\)[*?]", ""),  # what a name is not, and folders that may be there
+    (r"\((?!\?)([^()]*)\)", r"\1"),
+    (r"\[\^/\]\*", "*"),
+    (r"\\d\+", "N"),
+    (r"\\\.", "."),
+    (r"\(\?:", "("),
+    (r"\|", " or "),
+    (r"\w\?$", ""),
+)
+
+
+def _as_names(pattern: str) -> str:
+    """A pattern of names for people: ``layer_N.safetensors``."""
+    for part, word in _WORDS:
+        pattern = re.sub(part, word, pattern)
+    return pattern
 
 
 def found_files(files: SAEFiles, pattern: str) -> list[str]:
@@ -60,7 +82,10 @@ def one_file(files: SAEFiles, pattern: str, wanted: str | None, loader: str) -> 
     everything = found_files(files, pattern)
     shown = ", ".join(everything[:10]) + (", ..." if len(everything) > 10 else "")
     if not everything:
-        raise SAEFormatError(f"{files.place} has no file of weights as {loader} has them ({pattern})")
+        has = ", ".join(sorted(files.names)[:10]) or "no files"
+        raise SAEFormatError(
+            f"{loader} reads {_as_names(pattern)}, and there is no such file in {files.place}, which has {has}"
+        )
     if wanted is not None:
         raise SAEFormatError(f"{files.place} has no SAE {wanted!r}; it has {shown}")
     folders = [name.rpartition("/")[0] for name in everything]
@@ -78,6 +103,17 @@ def beside(files: SAEFiles, name: str, *others: str) -> str | None:
     folder = name.rpartition("/")[0]
     paths = [f"{folder}/{other}" if folder else other for other in others]
     return next((path for path in paths if path in files.names), None)
+
+
+def missing_beside(files: SAEFiles, pattern: str, *others: str, keys: Collection[str] = ()) -> str | None:
+    """What :class:`saekit.abilities.KnowsParts` says: the first of ``others``, where none lies beside a file there is.
+
+    That file's name fits ``pattern``, and with ``keys`` it is of JSON and has these.
+    """
+    for name in found_files(files, pattern):
+        if beside(files, name, *others) is None and (not keys or {*keys} <= peeked(files, name).keys()):
+            return f"{others[0]} beside {name}"
+    return None
 
 
 def path_of(files: SAEFiles, name: str) -> str:

@@ -33,7 +33,9 @@ class SaeLensLegacyLoader:
     def __init__(self, config: SaeLensLegacyConfig) -> None:
         self._sae, self._member = config.sae, config.member
         known = SaeLensConfig(
-            activation_scale=config.activation_scale, normalize_activations=config.normalize_activations
+            activation_scale=config.activation_scale,
+            normalize_activations=config.normalize_activations,
+            hook_name=config.hook_name,
         )
         self._rest = SaeLensLoader(known)
 

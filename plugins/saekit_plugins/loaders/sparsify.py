@@ -15,6 +15,7 @@ from saekit_plugins.loaders.reading import (
     OneOfSeveral,
     beside,
     found_files,
+    missing_beside,
     named,
     one_file,
     options,
@@ -61,6 +62,11 @@ class SparsifyLoader:
             if (config := beside(files, name, "cfg.json")) is not None:
                 return 1.0 if {"k", "d_in"} <= peeked(files, config).keys() else 0.5
         return 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(
+            files, r"cfg\.json", "sae.safetensors", keys=("d_in", "k", "expansion_factor")
+        ) or missing_beside(files, _PATTERN, "cfg.json")
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "sparsify")

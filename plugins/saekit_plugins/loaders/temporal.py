@@ -16,6 +16,7 @@ from saekit_plugins.loaders.reading import (
     beside,
     fed,
     found_files,
+    missing_beside,
     named,
     one_file,
     path_of,
@@ -46,6 +47,11 @@ class TemporalLoader:
 
     def detects(self, files: SAEFiles) -> float:
         return 0.95 if any(beside(files, name, "conf.yaml") for name in found_files(files, _PATTERN)) else 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"latest_ckpt\.safetensors", "conf.yaml") or missing_beside(
+            files, r"temporal/conf\.yaml", "latest_ckpt.safetensors"
+        )
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "temporal")

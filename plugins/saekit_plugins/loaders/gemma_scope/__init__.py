@@ -6,6 +6,7 @@ Lieberum et al. 2024, "Gemma Scope" (arXiv 2408.05147).  What an SAE is for stan
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import attrs
 
@@ -38,6 +39,9 @@ class Gemma2TranscoderConfig(GemmaScopeConfig):
 @attrs.frozen(kw_only=True)
 class Gemma3Config(GemmaScopeConfig):
     """For ``resid_post/layer_9_width_16k_l0_small/params.safetensors``."""
+
+    kind: Literal["resid_post", "attn_out", "mlp_out", "transcoder", "clt"] | None = None
+    """What it is, as the folders of the repository are named.  None: as the path or `config.json` says."""
 
 
 @hookimpl

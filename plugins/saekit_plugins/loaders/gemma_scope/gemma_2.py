@@ -21,6 +21,9 @@ __all__ = ["Gemma2Loader", "Gemma2TranscoderLoader"]
 _PATTERN = r"params\.npz"
 _REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?=/|$)")
 _LAYER = re.compile(r"/layer_(\d+)/(?:[^/]+/)*params\.npz$")
+_OF_THE_LAYOUT = re.compile(r"layer_\d+|width_.*|average_l0_.*|canonical|params\.npz")
+_THEIRS = re.compile(r"gemma[-_]scope[-_]", re.IGNORECASE)  # without "transcoder", the name of a repository of SAEs
+_HOOK = re.compile(r"[-_](?:res|att|mlp)(?![a-z])", re.IGNORECASE)
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 
@@ -37,10 +40,10 @@ class Gemma2Loader:
         names = found_files(files, _PATTERN)
         if not names:
             return 0.0
-        said = self._said(path_of(files, names[0]))
-        if said is None:
+        transcoder = _is_transcoder(path_of(files, names[0]) if self._repo is None else f"/{self._repo}/")
+        if transcoder is None:
             return self._unsaid
-        return 0.95 if (said[3] == "transcoders") == (self._loader == "gemma_2_transcoder") else 0.0
+        return 0.95 if transcoder == (self._loader == "gemma_2_transcoder") else 0.0
 
     _unsaid = 0.6
     """How sure it is where the path says no kind: most of this layout are SAEs."""
@@ -82,6 +85,24 @@ class Gemma2Loader:
             tensors=tensors,
             site=None if hook_name is None else Site(hook_name=hook_name),
         )
+
+
+def _is_transcoder(path: str) -> bool | None:
+    """Whether ``path`` is that of a transcoder, whose files are like those of an SAE; None: it does not say.
+
+    The nearest folder that says so counts.  A name that Gemma Scope's repositories have may be anywhere; ``transcoder``
+    in another one is taken for what is in the folder where it holds the layers or is the next one above.
+    """
+    if "/embedding/width_" in path:
+        return False
+    names = [name for name in path.split("/") if name and not _OF_THE_LAYOUT.fullmatch(name)]
+    for above, name in enumerate(reversed(names)):
+        near, theirs = above < 2, bool(_THEIRS.search(name))
+        if "transcoder" in name.lower() and (near or theirs):
+            return True
+        if theirs or (near and _HOOK.search(name)):
+            return False
+    return None
 
 
 def _fed(said: re.Match[str] | None) -> dict[str, Any]:

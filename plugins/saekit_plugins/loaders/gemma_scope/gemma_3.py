@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.gemma_scope import FED, GemmaScopeConfig
-from saekit_plugins.loaders.reading import beside, fed, found_files, named, one_file, options, path_of, peeked, text
+from saekit_plugins.loaders.gemma_scope import FED, Gemma3Config
+from saekit_plugins.loaders.reading import (
+    beside,
+    fed,
+    found_files,
+    missing_beside,
+    named,
+    one_file,
+    options,
+    path_of,
+    peeked,
+    text,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,6 +37,13 @@ _TRANSCODERS = ("transcoder", "clt")
 _NAMES = {"w_enc": "W_enc", "b_enc": "b_enc", "w_dec": "W_dec", "b_dec": "b_dec", "threshold": "threshold"}
 _SKIP = {"affine_skip_connection": "W_skip.T"}
 _HF = {"hf_hook_point_in": "hf_hook_name", "hf_hook_point_out": "hf_hook_name_out"}
+_HF_KINDS = {
+    "output": "resid_post",
+    "self_attn.o_proj.input": "attn_out",
+    "post_feedforward_layernorm.output": "mlp_out",
+    "pre_feedforward_layernorm.output": "transcoder",
+}
+"""What is read of ``model.layers.N``, by the names of transformers."""
 _LAYERS = {"270m": 18, "1b": 26, "4b": 34, "12b": 48, "27b": 62}
 
 
@@ -35,8 +54,8 @@ class Gemma3Loader:
     name.
     """
 
-    def __init__(self, config: GemmaScopeConfig) -> None:
-        self._sae, self._repo = config.sae, config.repo
+    def __init__(self, config: Gemma3Config) -> None:
+        self._sae, self._repo, self._kind = config.sae, config.repo, config.kind
 
     def detects(self, files: SAEFiles) -> float:
         names = found_files(files, _PATTERN)
@@ -46,20 +65,24 @@ class Gemma3Loader:
         said = peeked(files, beside(files, names[0], "config.json")).get("architecture") == "jump_relu"
         return 0.95 if said or _KIND.search(path) or _REPOSITORY.search(path) else 0.4
 
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"config\.json", "params.safetensors", keys=("architecture", "hf_hook_point_in"))
+
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, "gemma_3")
         path, where = path_of(files, name), f"{name} in {files.place}"
         config, said = self._config(files, name)
         state = files.tensors(name)
-        kind, layer = _kind(path), _LAYER.search(path)
+        kind, number = self._place(path, said, config)
         if config.get("affine_connection") is True and "affine_skip_connection" not in state:
             raise SAEFormatError(f"{where} lacks affine_skip_connection, which the config.json beside it says is there")
         skip = "affine_skip_connection" in state
-        number = None if layer is None else int(layer[1])
         others = self._fed(config, path)
         renamed = {theirs: ours for theirs, ours in _HF.items() if theirs in config}
         size = _size(config, self._repo or path)
-        if (crossing := getattr(state.get("w_dec"), "ndim", 2) == 3) or kind in _TRANSCODERS or skip:
+        crossing = getattr(state.get("w_dec"), "ndim", 2) == 3
+        _check_kind(kind, self._kind, where, like_transcoders=crossing or skip)
+        if crossing or kind in _TRANSCODERS or skip:
             tensors = dict(state)
             layers = _flatten(tensors, where, number, _LAYERS.get(size)) if crossing else 1
             tensors = named(tensors, _NAMES | (_SKIP if skip else {}), where)
@@ -78,10 +101,19 @@ class Gemma3Loader:
             architecture="saekit:jumprelu",
             options=options(tensors, apply_b_dec_to_input=False),
             tensors=tensors,
-            site=Site(hook_name=f"blocks.{number}.{hook}") if known else _site(said),
+            site=Site(hook_name=f"blocks.{number}.{hook}") if known else None,
             **others,
             renamed=_NAMES | renamed,
         )
+
+    def _place(self, path: str, read: str | None, config: Mapping[str, Any]) -> tuple[str | None, int | None]:
+        """What it is, and its layer: as the option says, the path, or else what is ``read`` by ``config.json``."""
+        said = None if read is None else re.fullmatch(r"model\.layers\.(\d+)\.(.+)", read)
+        kind = None if said is None else _HF_KINDS.get(said[2])
+        if (written := config.get("hf_hook_point_out")) is not None and written != read:
+            kind = "transcoder"
+        named, layer = _KIND.search(path), _LAYER.search(path) or said
+        return self._kind or (kind if named is None else named[1]), None if layer is None else int(layer[1])
 
     def _config(self, files: SAEFiles, name: str) -> tuple[Mapping[str, Any], str | None]:
         """``config.json``, checked as far as it is used, and what it says is read, in the model's own names."""
@@ -97,6 +129,7 @@ class Gemma3Loader:
             raise SAEFormatError(
                 f"affine_connection in {where} is {config['affine_connection']!r}, expected true or false"
             )
+        text(config, "hf_hook_point_out", where)
         return config, text(config, "hf_hook_point_in", where)
 
     def _fed(self, config: Mapping[str, Any], path: str) -> dict[str, Any]:
@@ -111,15 +144,20 @@ class Gemma3Loader:
         return fed({"model_name": None if model is None else f"google/{model}", **hooks}, FED)
 
 
-def _kind(path: str) -> str | None:
-    said = _KIND.search(path)
-    return said[1] if said is not None else None
-
-
-def _site(hook_point: str | None) -> Site | None:
-    """Of what transformers calls so, where the path says nothing."""
-    said = None if hook_point is None else re.fullmatch(r"model\.layers\.(\d+)\.output", hook_point)
-    return None if said is None else Site(hook_name=f"blocks.{int(said[1])}.hook_resid_post")
+def _check_kind(kind: str | None, option: str | None, where: str, *, like_transcoders: bool) -> None:
+    """Against the weights, which show some transcoders to be such; others look like SAEs, which is said."""
+    if like_transcoders and option in _HOOKS:
+        raise SAEFormatError(
+            f"the loader's option kind is {option!r}, but {where} has a skip connection or decoders of several layers, "
+            "as transcoders alone have"
+        )
+    if kind is None and not like_transcoders:
+        warnings.warn(
+            f"{where} is read as an SAE, and may be a transcoder: the files are alike, and neither the path nor a "
+            "config.json says what it is. loader={'name': 'gemma_3', 'kind': 'transcoder'} reads it as one, and "
+            f"{' or '.join(map(repr, _HOOKS))} as kind says what it is for",
+            stacklevel=3,
+        )
 
 
 def _size(config: Mapping[str, Any], path: str) -> str:

@@ -12,7 +12,7 @@ import attrs
 from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
-from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, one_file
+from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, missing_beside, one_file
 from saekit_plugins.loaders.sae_lens.architectures import architecture_of
 from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_config
 
@@ -39,6 +39,8 @@ class SaeLensConfig(OneOfSeveral):
     say by how much.  It is folded into the weights."""
     normalize_activations: Literal["expected_average_only_in", "constant_norm_rescale", "layer_norm"] | None = None
     """What activations went through in training, where the files do not say so or say `none`."""
+    hook_name: str | None = None
+    """The hook that is read, where the files do not name it: those of sae-lens 6 need not."""
 
 
 class SaeLensLoader:
@@ -47,11 +49,17 @@ class SaeLensLoader:
 
     def __init__(self, config: SaeLensConfig) -> None:
         self._sae, self._scale, self._normalized = config.sae, config.activation_scale, config.normalize_activations
+        self._hook_name = config.hook_name
 
     def detects(self, files: SAEFiles) -> float:
         if {CONFIG, WEIGHTS} <= files.names:
             return float(files.chosen in ("", WEIGHTS))
         return 0.8 if any(beside(files, name, CONFIG) for name in found_files(files, _PATTERN)) else 0.0
+
+    def missing_part(self, files: SAEFiles) -> str | None:
+        return missing_beside(files, r"cfg\.json", WEIGHTS, keys=("d_in", "d_sae")) or missing_beside(
+            files, _PATTERN, CONFIG
+        )
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         if not files.chosen and (self._sae is not None or not {CONFIG, WEIGHTS} & files.names):
@@ -89,7 +97,7 @@ class SaeLensLoader:
         saved: float | None = None,
     ) -> PretrainedSAE:
         """What the contents of the files say: of ``cfg.json``, the weights, and the scaler's factor."""
-        config = read_config(raw, place, self._normalized)
+        config = read_config(raw, place, self._normalized, self._hook_name)
         if config.flat.get(_FINE_TUNED) is True and _FINE_TUNED not in tensors:
             raise SAEFormatError(f"{place} says {_FINE_TUNED}, and the weights beside it hold no such tensor")
         architecture = architecture_of(config, _with_one_factor(dict(tensors)), place)
@@ -131,18 +139,20 @@ class SaeLensLoader:
 
 
 def _place_of(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
-    """Its site, or of a transcoder those that it reads and writes; the latter may be named nowhere."""
+    """Its site, or of a transcoder those that it reads and writes; either may be named nowhere."""
     if d_out is None:
         return {"site": config.site}
-    target = config.target or Site(hook_name="output")
-    sites = Sites((config.site,), (target,))
-    widths = {config.site.name: config.d_in}, {target.name: d_out}
-    return {"sites": sites if config.target else None, "ports": Ports(*widths)}
+    read, written = config.site or Site(hook_name="input"), config.target or Site(hook_name="output")
+    known = config.site is not None and config.target is not None
+    return {
+        "sites": Sites((read,), (written,)) if known else None,
+        "ports": Ports({read.name: config.d_in}, {written.name: d_out}),
+    }
 
 
 def _hook_alone(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
     """What a transcoder reads, where nothing names what it writes: there are no sites then, and this is not lost."""
-    if d_out is None or config.target is not None:
+    if d_out is None or config.target is not None or config.site is None:
         return {}
     head = config.site.hook_head_index
     return {"hook_name": config.site.hook_name, **({} if head is None else {"hook_head_index": head})}

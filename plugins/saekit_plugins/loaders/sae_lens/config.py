@@ -48,7 +48,8 @@ class FoundConfig:
     """Everything, with today's names; nulls left out."""
     d_in: int
     d_sae: int
-    site: Site
+    site: Site | None
+    """None: the files do not name it, as those of 6 need not."""
     target: Site | None
     """That a transcoder writes, where it is named."""
     architecture: str
@@ -64,10 +65,12 @@ class FoundConfig:
     """What decides how the weights are used and is not stated, so that sae-lens's own default holds."""
 
 
-def read_config(raw: Mapping[str, Any], place: str, normalized: str | None = None) -> FoundConfig:
+def read_config(
+    raw: Mapping[str, Any], place: str, normalized: str | None = None, hook_name: str | None = None
+) -> FoundConfig:
     """``cfg.json``, checked; :class:`SAEFormatError` names ``place`` and the field.
 
-    ``normalized`` is its ``normalize_activations``, where it says none.
+    ``normalized`` is its ``normalize_activations``, where it says none, and ``hook_name`` the hook that it reads.
     """
     inner = raw.get("metadata")
     if inner is not None and not isinstance(inner, dict):
@@ -76,7 +79,10 @@ def read_config(raw: Mapping[str, Any], place: str, normalized: str | None = Non
     flat = {RENAMED.get(name, name): value for name, value in flat.items()}
     # ReLU is the default only where neither spelling of the activation is there.
     flat["activation"] = flat.get("activation_fn", flat.get("activation_fn_str", "relu"))
-    if missing := [name for name in ("d_in", "d_sae", "hook_name") if name not in flat]:
+    _add_hook(flat, place, hook_name)
+    # 6 names the hook among the metadata, of SAEs that were trained on a model; before, it was always there.
+    needed = ("d_in", "d_sae") if inner is not None else ("d_in", "d_sae", "hook_name")
+    if missing := [name for name in needed if name not in flat]:
         raise SAEFormatError(f"{place} lacks {', '.join(missing)}")
     _check_kinds(flat, place)
     normalized = _normalized(flat, place, normalized)
@@ -85,7 +91,7 @@ def read_config(raw: Mapping[str, Any], place: str, normalized: str | None = Non
         d_in=flat["d_in"],
         d_sae=flat["d_sae"],
         site=_site(flat, place),
-        target=_site(flat, place, "_out") if "hook_name_out" in flat else None,
+        target=_site(flat, place, "_out"),
         architecture=flat.get("architecture", "standard"),
         activation=flat["activation"],
         apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
@@ -104,8 +110,18 @@ def _check_kinds(flat: Mapping[str, Any], place: str) -> None:
             raise SAEFormatError(f"{spelling} in {place} is {value!r}, expected {expected}")
 
 
-def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site:
-    """That of the fields whose names end in ``end``."""
+def _add_hook(flat: dict[str, Any], place: str, option: str | None) -> None:
+    """The hook that the loader's option says, where the file names none."""
+    if option is not None and flat.setdefault("hook_name", option) != option:
+        raise SAEFormatError(
+            f"the loader's option hook_name is {option!r}, but {place} says {flat['hook_name']!r}; leave the option out"
+        )
+
+
+def _site(flat: Mapping[str, Any], place: str, end: str = "") -> Site | None:
+    """That of the fields whose names end in ``end``, if they are there."""
+    if f"hook_name{end}" not in flat:
+        return None
     try:
         return Site(hook_name=flat[f"hook_name{end}"], hook_head_index=flat.get(f"hook_head_index{end}"))
     except ConfigError as error:

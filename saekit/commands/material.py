@@ -87,7 +87,7 @@ class Material:
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
-        from saekit.splicing.doubts import begin_with_bos
+        from saekit.splicing.doubts import begin_with_bos, doubts_of_place
         from saekit.splicing.fits import fitting_sites
 
         groups: dict[tuple[int, str], Group] = {}
@@ -104,7 +104,8 @@ class Material:
             group = groups.setdefault((id(backend), key), Group(backend=backend, contexts=contexts, mask=mask))
             size, number = contexts.shape[1], len(contexts)
             group.about[name] = {
-                **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
+                **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites,
+                **({"unlike_training": unlike} if (unlike := doubts_of_place(subject.sae, backend, sites)) else {}),
             }  # fmt: skip
         yield from groups.values()
 

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saekit.commands.measured import measured_on
 from saekit.errors import PlaceError, StorageError
 from saekit.files.checksums import stated_weights
 from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_WEIGHTS
@@ -269,6 +270,7 @@ def _measured(folder: Path) -> Iterator[tuple[str, str]]:
     try:
         found = read_json(folder / SAE_EVALS)
         values, errors, about = (dict(found[name]) for name in ("values", "errors", "about"))
+        on = f"{measured_on(about)}; at {about.get('sites')}"
     except (OSError, ValueError, LookupError, TypeError):
         return
     measured, now = about.get("weights_sha256"), stated_weights(folder)
@@ -279,6 +281,7 @@ def _measured(folder: Path) -> Iterator[tuple[str, str]]:
         value, error = values.get(metric), errors.get(metric)
         if isinstance(value, (int, float)):
             yield name, measured_text(value, error if isinstance(error, (int, float)) else None)
+    yield "measured on", on
 
 
 def _listed(value: object) -> list[Any]:

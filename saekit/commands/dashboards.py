@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.effects import effects_of
+from saekit.commands.features import check_features
 from saekit.commands.stores import store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from saekit.features.windows import Width
     from saekit.status import Status
 
-__all__ = ["check_said", "dashboard", "labels_in", "labels_of", "names_of"]
+__all__ = ["check_fit", "check_said", "dashboard", "labels_in", "labels_of", "names_of", "sizes_of"]
 
 _PAGE = "dashboard.html"
 _LONG = 10.0  # seconds
@@ -90,11 +91,12 @@ def dashboard(
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
+    check = functools.partial(check_fit, sae=sae, features=features, labels=labels)
+    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
-    names = names_of(store, sae)
-    shown, known = _chosen(store, names, choice), labels_of(labels, store, names)
+    names = names_of([*store.saes], sae)
+    shown, known = _chosen(store, names, choice), labels_of(labels, sizes_of(store, names))
     with Status(verbose=verbose) as say:
         effects = effects_of(what, store, names, loss_effects, collecting, plugins or default_manager(), say)
         _tell_ahead(effects, shown, look, say)
@@ -166,13 +168,26 @@ def _tell_how_long(say: Status, kind: str, seconds: float) -> None:
     say.line(f"what removing features does to the loss takes about {seconds / 60:,.1f} min more: {quicker}")
 
 
-def names_of(store: FeatureStore, name: str | None) -> list[str]:
-    """The SAEs of a store that are shown: all, or the one of that name."""
+def names_of(known: Sequence[str], name: str | None) -> list[str]:
+    """The SAEs of a store, of those ``known``, that are shown: all, or the one of that name."""
     if name is None:
-        return [*store.saes]
-    if name not in store.saes:
-        raise ConfigError([("sae", f"must be one of the store's, {', '.join(store.saes)}; found {name!r}")])
+        return [*known]
+    if name not in known:
+        raise ConfigError([("sae", f"must be one of the store's, {', '.join(known)}; found {name!r}")])
     return [name]
+
+
+def sizes_of(store: FeatureStore, names: Sequence[str]) -> dict[str, int]:
+    """How many features the SAEs ``names`` of a store have, those that were not collected among them."""
+    return {name: store.saes[name].about.d_sae for name in names}
+
+
+def check_fit(sizes: Mapping[str, int], sae: str | None, features: object, labels: object) -> None:
+    """:class:`ConfigError` for what SAEs with so many features have not, as is seen before these are collected."""
+    names = names_of([*sizes], sae)
+    own = {name: sizes[name] for name in names}
+    check_features(features, own)
+    labels_of(labels, own)
 
 
 def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[str, list[Feature]]:
@@ -183,8 +198,9 @@ def _chosen(store: FeatureStore, names: Sequence[str], choice: Choice) -> dict[s
     return {name: chosen(store.saes[name], choice) for name in names}
 
 
-def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[str, dict[int, str]]:
-    """By SAE and number, of the SAEs ``names`` of a store."""
+def labels_of(labels: Any, sizes: Mapping[str, int]) -> dict[str, dict[int, str]]:
+    """By SAE and number, of SAEs with so many features."""
+    names = [*sizes]
     if labels is None:
         return {}
     if _are_by_name(labels):
@@ -195,10 +211,7 @@ def labels_of(labels: Any, store: FeatureStore, names: Sequence[str]) -> dict[st
         by_name = dict.fromkeys(names, labels)
     else:
         raise ConfigError([("labels", f"must be by the SAEs' names, {', '.join(names)}, where there are several")])
-    return {
-        name: dict(_label_in(one, name, store.saes[name].about.d_sae) for one in own.items())
-        for name, own in by_name.items()
-    }
+    return {name: dict(_label_in(one, name, sizes[name]) for one in own.items()) for name, own in by_name.items()}
 
 
 def _label(entry: tuple[Any, Any]) -> tuple[int, str]:

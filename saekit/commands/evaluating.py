@@ -82,7 +82,8 @@ def evaluate(
     The tokens that count are those that each SAE says; ``exclude_special_tokens`` and ``seqpos_slice`` say it anew, and
     ``mask`` leaves out others: ``[n, context_size]`` bool for ``contexts``, or a function of tokens ``[b, t]``.
 
-    What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off.
+    What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off,
+    or it was put where it was not trained: at another site, in another model, or one that was processed otherwise.
     What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
 
     Of several processes (``torchrun``), each measures on a part of the contexts: the numbers are those of one, all get
@@ -262,10 +263,19 @@ def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: 
     for name, one in results.items():
         for remark in one.remarks:
             warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=4)
-        file = subjects[name].file
-        written = file is not None and save and _save(file, one)
+        file = subjects[name].file if save else None
+        written = file is not None and _is_of_its_place(file, one) and _save(file, one)
         told[name] = attrs.evolve(one, file=file) if written else one
     return told
+
+
+def _is_of_its_place(file: Path, found: Evaluation) -> bool:
+    """Whether the numbers are of the SAE as it was trained, so that they may stand beside it as its own."""
+    own = not found.about.get("unlike_training")
+    if not own:
+        told = f"the numbers are not kept in {file}: that is for those of the SAE in the place where it was trained"
+        warnings.warn(told, UserWarning, stacklevel=4)
+    return own
 
 
 def _save(file: Path, found: Evaluation) -> bool:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import Mask
 
-__all__ = ["beside", "collect_features"]
+__all__ = ["beside", "check_features", "collect_features"]
 
 _SAVED = "checkpoints"
 STORE = "features"
@@ -95,6 +95,7 @@ def collect_features(
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _found(saes, model, plugins, resolve_device(device, "device"))
+        check_features(features, {name: one.sae.d_sae for name, one in found.items()})
         _check_place(place := beside(found) if folder is None else as_path(folder), overwrite)
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
@@ -168,6 +169,16 @@ def _home(file: Path) -> Path:
     return own.parent if own.name == "sae" else own
 
 
+def check_features(features: object, sizes: Mapping[str, int]) -> None:
+    """:class:`ConfigError` for features that SAEs with so many have not: before a model and a text are opened."""
+    from saekit.features.subject import chosen_features
+
+    if isinstance(features, Mapping) and (unknown := [name for name in features if name not in sizes]):
+        raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(sizes)}")])
+    for name, d_sae in sizes.items():
+        chosen_features(features.get(name) if isinstance(features, Mapping) else features, d_sae, name)
+
+
 def _of_one_model(
     found: Mapping[str, Subject], material: Material, tokens: ChosenTokens, features: object, site: Any, batch_size: int
 ) -> tuple[Pass, dict[str, Any]]:
@@ -185,8 +196,6 @@ def _of_one_model(
             "name one model and one text (model, dataset, context_size)"
         )
     (group,) = groups
-    if isinstance(features, Mapping) and (unknown := [name for name in features if name not in found]):
-        raise ConfigError([("features", f"names {unknown[0]!r}, and the SAEs are {', '.join(found)}")])
     subjects = [
         Collected.of(
             name,

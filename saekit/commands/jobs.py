@@ -24,6 +24,7 @@ from saekit.files.paths import as_path
 from saekit.garbage import uncollected
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
+from saekit.runs.from_memory import check_config_names_all, unnamed
 from saekit.runs.planned import Plan, cannot_run
 
 if TYPE_CHECKING:
@@ -76,6 +77,8 @@ def train(
     plugins = plugins or default_manager()
     alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
     configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
+    for source in sources:
+        check_config_names_all(source, model=model, dataset=dataset)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     check_mesh(configs[0].distributed, Launched.here(os.environ))
@@ -176,8 +179,10 @@ def plan_after(
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
     faults = preflight.of_training([config], plugins, model, dataset)
-    if faults.absent:
-        return Plan({}, {}, faults.texts, [], cannot_run(faults.texts))
+    named = [f"{option}: {why}" for option, why in unnamed(cfg, model=model, dataset=dataset)]
+    if faults.absent or named:
+        texts = [*named, *faults.texts]
+        return Plan({}, {}, texts, [], cannot_run(texts))
     with _status([config]) as say:
         from saekit.runs.plan import look
 
@@ -205,6 +210,7 @@ def cache_activations(
     """
     plugins = plugins or default_manager()
     config = load_config(cfg, plugins=plugins)
+    check_config_names_all(cfg, model=model, dataset=dataset)
     preflight.of_cache(config, plugins, model, dataset).raise_any()
     with _status([config]) as say:
         from saekit.commands.cache import write_cache

@@ -87,7 +87,7 @@ class Material:
 
     def groups(self, subjects: Mapping[str, Subject], site: Site | Sites | str | None = None) -> Iterator[Group]:
         """The SAEs that share a model and contexts, with both; every SAE is checked before the first is given."""
-        from saekit.splicing.doubts import begin_with_bos
+        from saekit.splicing.doubts import begin_with_bos, doubts_of_place
         from saekit.splicing.fits import fitting_sites
 
         groups: dict[tuple[int, str], Group] = {}
@@ -104,7 +104,8 @@ class Material:
             group = groups.setdefault((id(backend), key), Group(backend=backend, contexts=contexts, mask=mask))
             size, number = contexts.shape[1], len(contexts)
             group.about[name] = {
-                **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites
+                **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites,
+                **({"unlike_training": unlike} if (unlike := doubts_of_place(subject.sae, backend, sites)) else {}),
             }  # fmt: skip
         yield from groups.values()
 
@@ -159,6 +160,8 @@ class Material:
         config = subject.config
         if config is not None and not has_model(config, self.plugins):
             config = None
+        if self.model is None:
+            _check_named(subject, "model", "--model with a name or a folder")
         if config is not None and self.backend is None:
             return self._of_run(config.model)
         if self.model is None and config is None:
@@ -253,6 +256,8 @@ class Material:
         given, config = self.text.dataset, subject.config
         if given is None and subject.dataset is not None:
             given = subject.dataset
+        if given is None:
+            _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
         if config is not None and (given is None or given is subject.dataset):
             evals = attrs.evolve(config.evals, n_contexts=self.text.n_contexts)
             if not evals.held_out_every and evals.split is None:
@@ -271,6 +276,16 @@ class Material:
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         mask = about.get("mask_column") if own else None
         return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
+
+
+def _check_named(subject: Subject, kind: str, option: str) -> None:
+    """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place."""
+    if kind not in subject.unnamed:
+        return
+    raise ConfigError(
+        [(kind, f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory, which none of "
+          f"its files names. Give it: {kind}=... from Python, or {option} on the command line")]
+    )  # fmt: skip
 
 
 def _of_model(backend: ModelBackend) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,7 +14,7 @@ from rich.text import Text
 from saekit.measuring import Evaluation, Evaluations, json_text
 from saekit.plugins.text import printable
 
-__all__ = ["evaluation_table", "show_evaluations"]
+__all__ = ["evaluation_table", "measured_on", "show_evaluations"]
 
 
 def show_evaluations(found: Evaluation | Evaluations, *, as_json: bool = False) -> None:
@@ -23,7 +25,7 @@ def show_evaluations(found: Evaluation | Evaluations, *, as_json: bool = False) 
         return
     console = Console(width=None if sys.stdout.isatty() else 1000)
     console.print(evaluation_table(found))
-    for line in dict.fromkeys(_measured_on(one) for one in found.values()):
+    for line in dict.fromkeys(measured_on(one.about) for one in found.values()):
         console.print(Text(printable(line), style="dim"), soft_wrap=True)
     if files := [str(one.file) for one in found.values() if one.file is not None]:
         console.print(Text(printable(f"Written: {', '.join(files)}")), soft_wrap=True)
@@ -42,9 +44,8 @@ def evaluation_table(found: Evaluations) -> Table:
     return table
 
 
-def _measured_on(one: Evaluation) -> str:
-    """The text, the model and the tokens that count, in a line."""
-    about = one.about
+def measured_on(about: Mapping[str, Any]) -> str:
+    """The text, the model and the tokens that count, in a line, of :attr:`~saekit.measuring.Evaluation.about`."""
     used, of = about.get("tokens_used"), about.get("tokens_of")
     tokens = f"{used:,} of {of:,} tokens" if isinstance(used, int) and isinstance(of, int) else "all tokens"
     text = f"{about['n_contexts']:,} contexts of {about['context_size']:,} tokens of {about['dataset']}"

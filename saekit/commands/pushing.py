@@ -15,6 +15,7 @@ from saekit.pretrained.copying import copy_saved, read_config
 from saekit.pretrained.pushing import check_repository, push
 from saekit.reports.folder import RunFolder, SAERun, read_run
 from saekit.reports.sweep import flat_options, summary_of
+from saekit.runs.from_memory import OPTIONS
 from saekit.runs.place import RECORD
 
 __all__ = ["push_to_hub"]
@@ -90,10 +91,11 @@ def _of_run(run: RunFolder, folder: str, copies: Path) -> tuple[list[tuple[CardS
 
 
 def _card(sae: SAERun, inner: str, config: Mapping[str, Any]) -> CardSAE:
+    unnamed = [OPTIONS[kind] for kind in (() if sae.record is None else sae.record.in_memory)]
     options = {
         path: value
         for path, value in flat_options(sae.options.table).items()
-        if path.partition(".")[0] not in _PRIVATE and not isinstance(value, list)
+        if path.partition(".")[0] not in _PRIVATE and not isinstance(value, list) and path not in unnamed
     }
     latest = sae.history.latest
     return CardSAE(folder=inner, config=config, metrics=latest, options=options, tokens=round(sae.tokens))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.commands.beforehand import check_collecting
-from saekit.commands.dashboards import check_said, labels_of, names_of
+from saekit.commands.dashboards import check_fit, check_said, labels_of, names_of, sizes_of
 from saekit.commands.effects import effects_of
 from saekit.commands.stores import store_of
 from saekit.dashboards.effects import check_asked
@@ -65,9 +65,10 @@ def serve_dashboard(
         from saekit.status import Status
 
         look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-        store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
-        names = names_of(store, sae)
-        known = labels_of(labels, store, names)
+        check = functools.partial(check_fit, sae=sae, features=None, labels=labels)
+        store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
+        names = names_of([*store.saes], sae)
+        known = labels_of(labels, sizes_of(store, names))
         with Status(verbose=verbose) as say:
             effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
             say("making the list of features")

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from saekit.commands.measured import measured_on
 from saekit.errors import PlaceError, StorageError
 from saekit.files.checksums import stated_weights
 from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_WEIGHTS
@@ -25,6 +26,7 @@ from saekit.reports.numbers import count, fraction, number, size
 from saekit.reports.pictures import CURVES, SUMMARY, draw_pictures
 from saekit.reports.table import run_table
 from saekit.runs.checkpoints import MANIFEST
+from saekit.runs.from_memory import IN_MEMORY, OPTIONS
 from saekit.runs.place import RECORD
 
 __all__ = ["show"]
@@ -118,7 +120,7 @@ def _features(run: RunFolder) -> Iterator[str]:
         lines = (run.folder / "features.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         if not (store / _STORE).is_file() and not page.is_file():
-            yield f"none were collected; saekit features {_quoted(run.folder)} does"
+            yield f"none were collected; saekit features {_quoted(run.folder)}{_given(run)} does"
         return
     yield from lines[:_MOST_LINES]
     if len(lines) > _MOST_LINES:
@@ -133,11 +135,12 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.state.kind == "running":
         yield "watch it", f"saekit watch {folder}"
     elif run.state.kind != "finished" and (run.folder / RECORD).exists():
-        yield "go on with it", f"saekit train --resume {folder}"
+        yield "go on with it", _resuming(run) or f"saekit train --resume {folder}"
     if any(sae.saved for sae in run.saes.values()):
-        if not (run.folder / "features" / _STORE).is_file():
-            yield "features", f"saekit features {folder}"
-        yield "dashboard", f"saekit dashboard {folder}"
+        collected = (run.folder / "features" / _STORE).is_file()
+        if not collected:
+            yield "features", f"saekit features {folder}{_given(run)}"
+        yield "dashboard", f"saekit dashboard {folder}{_given(run, *(['model'] if collected else IN_MEMORY))}"
     if run.sweep:
         if (best := _best(run)) is not None:
             yield "the best of it", f"saekit show {_quoted(best.home)}"
@@ -148,10 +151,31 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
     if run.state.kind == "finished" and sae.options.total_tokens and (run.folder / RECORD).exists():
         longer = 2 * sae.options.whole("training.training_tokens")
         option = "training.training_tokens"
-        yield "train longer", f"saekit train --resume {folder} {option}={longer} --allow {option}"
+        command = f"saekit train --resume {folder} {option}={longer} --allow {option}"
+        yield "train longer", _resuming(run, f"[{option + f'={longer}'!r}]", option) or command
     if not sae.options.problem:
         other = " checkpoints.name=another" if sae.options.text("checkpoints.name") else ""
-        yield "one like it", f"saekit plan {_quoted(sae.home / 'config.toml')}{other}"
+        named = "".join(f" {option}={kind.upper()}" for kind, option in OPTIONS.items() if kind in _unnamed(run))
+        yield "one like it", f"saekit plan {_quoted(sae.home / 'config.toml')}{named}{other}"
+
+
+def _unnamed(run: RunFolder) -> tuple[str, ...]:
+    """What came from memory: without it given anew, commands refuse."""
+    record = next(iter(run.saes.values())).record
+    return () if record is None else record.in_memory
+
+
+def _given(run: RunFolder, *kinds: str) -> str:
+    """The options by which a command is given what came from memory."""
+    return "".join(f" --{kind} {kind.upper()}" for kind in kinds or IN_MEMORY if kind in _unnamed(run))
+
+
+def _resuming(run: RunFolder, changes: str = "", allowed: str = "") -> str | None:
+    """How a run goes on that needs something from memory, which a command line has not; None: it needs nothing."""
+    if not (needed := _unnamed(run)):
+        return None
+    arguments = [repr(str(run.folder)), *([f"overrides={changes}", f"allow=[{allowed!r}]"] if changes else [])]
+    return f"saekit.resume({', '.join([*arguments, *(f'{kind}=...' for kind in needed)])})"
 
 
 def _best(run: RunFolder) -> SAERun | None:
@@ -246,6 +270,7 @@ def _measured(folder: Path) -> Iterator[tuple[str, str]]:
     try:
         found = read_json(folder / SAE_EVALS)
         values, errors, about = (dict(found[name]) for name in ("values", "errors", "about"))
+        on = f"{measured_on(about)}; at {about.get('sites')}"
     except (OSError, ValueError, LookupError, TypeError):
         return
     measured, now = about.get("weights_sha256"), stated_weights(folder)
@@ -256,6 +281,7 @@ def _measured(folder: Path) -> Iterator[tuple[str, str]]:
         value, error = values.get(metric), errors.get(metric)
         if isinstance(value, (int, float)):
             yield name, measured_text(value, error if isinstance(error, (int, float)) else None)
+    yield "measured on", on
 
 
 def _listed(value: object) -> list[Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,12 +61,26 @@ def show_feature(
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
     if isinstance(what, SAEFeatures):
         sae, what = sae or what.name, what.store
-    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
-    names = names_of(store, sae)
-    if len(names) > 1:
-        raise ConfigError([("sae", f"is missing: the store has several, {', '.join(names)}; name one")])
-    (name,) = names
-    feature = store.saes[name].feature(index)
+    store = store_of(
+        what, folder, collecting, verbose=verbose, plugins=plugins, check=lambda sizes: _check_fits(sizes, sae, index)
+    )
+    name = _the_one([*store.saes], sae)
+    feature = store.saes[name].feature(index, "index")
     with Status(verbose=verbose) as say:
-        effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)
+        effects = effects_of(what, store, [name], loss_effects, collecting, plugins, say)
     return shown_feature(store, store.saes[name], feature, look, effects=effects.get(name), label=label, height=height)
+
+
+def _check_fits(sizes: Mapping[str, int], sae: str | None, index: int) -> None:
+    """What SAEs with so many features show of what is asked for, before they are collected."""
+    from saekit.features.subject import chosen_features
+
+    name = _the_one([*sizes], sae)
+    chosen_features([operator.index(index)], sizes[name], name, "index")
+
+
+def _the_one(known: Sequence[str], sae: str | None) -> str:
+    names = names_of(known, sae)
+    if len(names) > 1:
+        raise ConfigError([("sae", f"is missing: there are several, {', '.join(names)}; name one")])
+    return names[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +84,13 @@ def store_of(
     *,
     verbose: bool = True,
     plugins: PluginManager | None = None,
+    check: Callable[[Mapping[str, int]], None] | None = None,
 ) -> FeatureStore:
     """The store that ``what`` is, or that is kept of it; collected where there is none.
 
     Where ``collecting`` has options that decide what is found, a store must have been made with them.  None is ever
-    replaced: :class:`DataError` for one that was made with others.
+    replaced: :class:`DataError` for one that was made with others.  Before anything is collected, ``check`` is called
+    with the names of the SAEs and how many features each has.
     """
     if "overwrite" in (collecting or {}):
         raise ConfigError([("overwrite", f"replaces no feature store here. {_REPLACE}")])
@@ -101,6 +103,9 @@ def store_of(
     decides = asked.keys() - _NO_MATTER
     if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:
         return found
+    if check is not None:
+        subjects = at_home(subjects_of(what, plugins or default_manager(), device="cpu"), plugins or default_manager())
+        check({name: one.sae.d_sae for name, one in subjects.items()})
     return collect_features(what, **options)
 
 

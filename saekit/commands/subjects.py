@@ -17,6 +17,7 @@ from saekit.files.names import SAE_CONFIG, SAE_EVALS
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
+from saekit.runs.from_memory import from_memory
 from saekit.runs.place import RECORD
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class Subject:
     """The model of its run, where that is in memory."""
     dataset: Any = None
     """The text of its run, likewise."""
+    unnamed: Mapping[str, Path] = attrs.field(factory=dict)
+    """What its run was given from memory, so that no configuration names it: ``model``, ``dataset``, with the run."""
 
     @property
     def weights(self) -> dict[str, str]:
@@ -104,7 +107,7 @@ def _of_result(name: str | None, result: Any, plugins: PluginManager) -> Iterato
         file=folder / "sae" / SAE_EVALS,
         backend=result.backend,
         dataset=result.corpus.dataset,
-        **_config(folder, plugins),
+        **_config(folder, plugins, result.sae),
     )
 
 
@@ -130,7 +133,7 @@ def _of_path(
         file = own / SAE_EVALS if own.is_dir() else own.with_name(f"{own.name}.{SAE_EVALS}")
         run = own.resolve().parent if own.name == "sae" else own
         label = str(home) if name is None else name if len(homes) == 1 else f"{name}/{home.name}"
-        yield Subject(name=label, sae=sae, file=file, **_config(run, plugins))
+        yield Subject(name=label, sae=sae, file=file, **_config(run, plugins, sae))
 
 
 def _check_no_store(place: Path) -> None:
@@ -162,19 +165,22 @@ def at_home(found: Mapping[str, Subject], plugins: PluginManager) -> dict[str, S
         place = one.sae.read_from if one.file is None else None
         if place is not None and place.is_dir():
             run = place.parent if place.name == "sae" else place
-            one = attrs.evolve(one, file=place / SAE_EVALS, **_config(run, plugins))
+            one = attrs.evolve(one, file=place / SAE_EVALS, **_config(run, plugins, one.sae))
         sites = one.sae.info.sites
         own = sites.name if sites is not None and name == one.sae.get_name() else name
         known[own if own not in known else name] = one
     return {name: attrs.evolve(one, name=name) for name, one in known.items()}
 
 
-def _config(folder: Path, plugins: PluginManager) -> dict[str, Any]:
+def _config(folder: Path, plugins: PluginManager, sae: SAEModule) -> dict[str, Any]:
     """That of the run in ``folder``, or why it cannot be loaded, by the names of :class:`Subject`'s fields."""
     file = folder / _CONFIG
     if not file.is_file():
         return {}
     try:
-        return {"config": load_config(file, plugins=plugins)}
+        kinds = {*from_memory(folder)}
+        if sae.info.metadata.get("dataset_path", "") is None:  # says so itself, wherever its folder was copied
+            kinds.add("dataset")
+        return {"config": load_config(file, plugins=plugins), "unnamed": dict.fromkeys(kinds, folder)}
     except SaekitError as error:
         return {"fault": f"{file} cannot be loaded: {error}"}

@@ -84,7 +84,7 @@ def _chosen(sae: SAEFeatures, choice: Choice) -> list[Feature]:
         numbers = sae.indices.tolist()
     if odd := [one for one in numbers if isinstance(one, bool) or not isinstance(one, (int, np.integer))]:
         raise ConfigError([("features", f'must be numbers of features or "all", found {odd[0]!r}')])
-    return [sae.feature(int(number)) for number in dict.fromkeys(numbers)]
+    return [sae.feature(int(number), "features") for number in dict.fromkeys(numbers)]
 
 
 def _drawn(sae: SAEFeatures, n: int, seed: int) -> list[Feature]:

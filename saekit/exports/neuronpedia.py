@@ -55,7 +55,8 @@ class NeuronpediaExport:
         if self.settings.features is None:
             numbers = self.sae.indices
         else:
-            numbers = np.unique(np.array([self.sae.feature(one).index for one in self.settings.features], np.int64))
+            found = [self.sae.feature(one, "numbers") for one in self.settings.features]
+            numbers = np.unique(np.array([one.index for one in found], np.int64))
         fraction = self.sae.firing_fraction[np.searchsorted(self.sae.indices, numbers)]
         with np.errstate(divide="ignore"):
             often = np.log10(fraction) > self.settings.least

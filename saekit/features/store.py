@@ -88,16 +88,19 @@ class SAEFeatures(SAETables):
 
         return statistics(self, logits=logits)
 
-    def feature(self, index: int) -> Feature:
-        """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not."""
+    def feature(self, index: int, option: str = "feature") -> Feature:
+        """The feature of this number; :class:`ConfigError` for one that the SAE, or the store, has not.
+
+        ``option`` is what the error calls that in which the number was given.
+        """
         whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
         if not whole or not 0 <= index < self.about.d_sae:
             last = self.about.d_sae - 1
-            raise ConfigError([("feature", f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
+            raise ConfigError([(option, f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
         row = int(np.searchsorted(self.indices, index))
         if row < len(self) and self.indices[row] == index:
             return Feature(self, int(index), row)
         raise ConfigError(
-            [("feature", f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
+            [(option, f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]
         )  # fmt: skip

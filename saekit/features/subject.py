@@ -35,19 +35,22 @@ def checksum(sae: SAEModule) -> str:
     return found.hexdigest()
 
 
-def chosen_features(features: object, d_sae: int, name: str) -> NDArray[np.int64]:
-    """The numbers that ``features`` are for an SAE, rising and each once; :class:`ConfigError` for those it has not."""
+def chosen_features(features: object, d_sae: int, name: str, option: str = "features") -> NDArray[np.int64]:
+    """The numbers that ``features`` are for an SAE, rising and each once; :class:`ConfigError` for those it has not.
+
+    ``option`` is what the error calls that in which they were given.
+    """
     if features is None or (isinstance(features, str) and features == "all"):
         return np.arange(d_sae)
     if isinstance(features, (str, bytes)) or not isinstance(features, (Sequence, np.ndarray, range, Tensor)):
-        raise ConfigError([("features", f'must be numbers of features or "all", found {features!r}')])
+        raise ConfigError([(option, f'must be numbers of features or "all", found {features!r}')])
     if isinstance(features, (np.ndarray, Tensor)):
         features = features.tolist() if features.ndim else [features.item()]
     numbers = [one.item() if isinstance(one, (np.integer, Tensor)) and one.ndim == 0 else one for one in features]
     odd = [one for one in numbers if type(one) is not int or not 0 <= one < d_sae]
     if odd or not numbers:
         found = "none" if not numbers else ", ".join(map(short, odd[:5])) + (" ..." if len(odd) > 5 else "")
-        raise ConfigError([("features", f"must be numbers from 0 to {d_sae - 1:,} for {name}, found {found}")])
+        raise ConfigError([(option, f"must be numbers from 0 to {d_sae - 1:,} for {name}, found {found}")])
     return np.unique(np.array(numbers, np.int64))
 
 

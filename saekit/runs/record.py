@@ -18,6 +18,7 @@ from saekit.files.names import RUN_FILES, SWEEP_FILES, fault_of_name
 from saekit.files.paths import here, steady
 from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
+from saekit.runs.from_memory import IN_MEMORY, OPTIONS
 from saekit.runs.place import RECORD, check_is_run
 from saekit.runs.sweep import spelled_out
 from saekit.values import RunEnd
@@ -66,8 +67,13 @@ class RunRecord:
                 self.home(name).mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
-            write_text(self.home(name) / CONFIG, dump_config(config, plugins=plugins))
+            write_text(self.home(name) / CONFIG, self._unnamed() + dump_config(config, plugins=plugins))
         self._save(ended=False)
+
+    def _unnamed(self) -> str:
+        """Lines for people, of what a configuration cannot name."""
+        said = "# The {} of this run came from memory, and is not {}.\n"
+        return "".join(said.format(kind, OPTIONS[kind]) for kind in self.in_memory)
 
     def _save(self, *, ended: bool = True) -> None:
         table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
@@ -131,7 +137,7 @@ class RunRecord:
             return f"the folder {wrong[0]!r} cannot be that of one SAE among several"
         if len(set(homes)) < len(homes):
             return "several SAEs have one folder"
-        if wrong := [kind for kind in self.in_memory if kind not in ("model", "dataset")]:
+        if wrong := [kind for kind in self.in_memory if kind not in IN_MEMORY]:
             return f"in_memory holds {wrong[0]!r}"
         return None
 

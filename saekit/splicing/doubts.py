@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAEModule
 
-__all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "kind_of", "model_name_of"]
+__all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "doubts_of_place", "kind_of", "model_name_of"]
 
 _OLDER = "model_autocast"  # all SAEs that saekit has trained say it, and those of others do not
 
@@ -38,8 +38,7 @@ def doubts_of_fit(
     another BOS, or, unless a mask is there now (``masked``; None: none can be given), on tokens that one chose.
     """
     about, place = sae.info.metadata, _place(sae)
-    found = _of_model(sae, backend) or _of_sites(sae, backend, sites)
-    found += _of_processing(sae, backend, sites or sae.info.sites)
+    found = doubts_of_place(sae, backend, sites)
     if prepend_bos is not None and (said := doubt_of_bos(sae, prepend_bos)) is not None:
         found.append(said)
     if (column := about.get("mask_column")) and not masked:
@@ -48,6 +47,12 @@ def doubts_of_fit(
             f"that its other choices keep count{'' if masked is None else '. Give a mask (mask=) to leave out others'}"
         )
     return found
+
+
+def doubts_of_place(sae: SAEModule, backend: ModelBackend, sites: Sites | None = None) -> list[str]:
+    """Of these, those that are not of the tokens: there, activations are not those that ``sae`` has learned."""
+    found = _of_model(sae, backend) or _of_sites(sae, backend, sites)
+    return found + _of_processing(sae, backend, sites or sae.info.sites)
 
 
 def _of_model(sae: SAEModule, backend: ModelBackend) -> list[str]:

@@ -72,6 +72,33 @@ def test_a_finished_run(tmp_path: Path) -> None:
     assert rest(shown(folder), "features")[-1] == f"as a page: {folder}/features.html"
 
 
+def given(run: Path, *kinds: str) -> Path:
+    """``run``, with what came from memory."""
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"in_memory": [*kinds]}))
+    return run
+
+
+def test_what_came_from_memory_is_in_what_to_type_next(tmp_path: Path) -> None:
+    run = given(write_run(tmp_path / "run"), "dataset", "model")
+    both = "--model MODEL --dataset DATASET"
+    text = shown(run)
+    assert rest(text, "features") == [f"none were collected; saekit features {run} {both} does"]
+    assert rest(text, "next") == [
+        f"features       saekit features {run} {both}",
+        f"dashboard      saekit dashboard {run} {both}",
+        f"in Python      sae = saekit.SAE.load('{run}/sae')",
+        f"train longer   saekit.resume('{run}', overrides=['training.training_tokens=200000'], "
+        "allow=['training.training_tokens'], dataset=..., model=...)",
+        f"one like it    saekit plan {run}/config.toml model.name=MODEL dataset.path=DATASET",
+    ]
+    (run / "features").mkdir()
+    (run / "features" / "manifest.json").write_text("{}")
+    assert rest(shown(run), "next")[0] == f"dashboard      saekit dashboard {run} --model MODEL", "it has its text"
+    stopped = given(write_run(tmp_path / "stopped", end="interrupted"), "dataset")
+    assert rest(shown(stopped), "next")[0] == f"go on with it  saekit.resume('{stopped}', dataset=...)"
+
+
 @pytest.mark.parametrize("end", ["interrupted", "failed", "diverged"])
 def test_a_run_that_ended_early(tmp_path: Path, end: str) -> None:
     folder = write_run(tmp_path / "a run", records(40, of=100), end=end, reason="why", sae=False)

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from support.odd_tokens import ODD, OddBackend, several_saes
 
 import saekit
 from saekit.commands import dashboards, serving
+from saekit.commands.material import Material
 from saekit.dashboards.place import is_dashboard
 from saekit.errors import ConfigError, DataError, PlaceError, SaekitError, StorageError
 
@@ -78,7 +80,7 @@ MISTAKES: list[tuple[dict[str, Any], type[SaekitError], str]] = [
     ({"features": [1], "random": 3}, ConfigError, "features and random each say which features are shown"),
     ({"random": 3, "top_by": "logit"}, ConfigError, "random and top_by each say which"),
     ({"features": []}, ConfigError, "features: names none: there would be nothing to show"),
-    ({"features": [16]}, ConfigError, "feature: must be 0 to 15 for topk, found 16"),
+    ({"features": [16]}, ConfigError, "features: must be 0 to 15 for topk, found 16"),
     ({"features": "some"}, ConfigError, 'features: must be numbers of features or "all", found \'some\''),
     ({"features": [True]}, ConfigError, "features: must be numbers of features"),
     ({"features": {"nobody": [1]}}, ConfigError, "features: names 'nobody', and the SAEs are topk"),
@@ -185,7 +187,7 @@ def test_there_is_nothing_to_choose_among_features_that_never_fire(contexts: tor
     store = saekit.collect_features(sae, features=[3], folder=tmp_path / "store", **asked)
     with pytest.raises(ConfigError, match=r"none of the 1 features of .* in the store fires on a token of the text"):
         saekit.dashboard(store, random=3)
-    with pytest.raises(ConfigError, match=r"feature: 4 of .* is not in the store, which has 1 of its 16"):
+    with pytest.raises(ConfigError, match=r"features: 4 of .* is not in the store, which has 1 of its 16"):
         saekit.dashboard(store, features=[4])
     assert saekit.dashboard(store, features=[3]).is_file()
 
@@ -244,3 +246,34 @@ def test_a_damaged_store_is_told_as_one(store: saekit.FeatureStore, tmp_path: Pa
             saekit.dashboard(home, out=tmp_path / "page.html")
         with pytest.raises((DataError, PlaceError), match=told):
             saekit.export_neuronpedia(home, neuronpedia_id="a/1-b", folder=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("page", "options", "message"),
+    [
+        (saekit.dashboard, {"features": [3, 16]}, "features: must be numbers from 0 to 15 for .*topk, found 16"),
+        (saekit.dashboard, {"features": {"nobody": [1]}}, "features: names 'nobody', and the SAEs are .*topk"),
+        (saekit.dashboard, {"sae": "nobody"}, "sae: must be one of the store's, .*topk; found 'nobody'"),
+        (saekit.dashboard, {"labels": {16: "x"}}, "labels: are of features 0 to 15 of .*topk, found 16"),
+        (saekit.serve_dashboard, {"labels": {16: "x"}, "port": 0}, "labels: are of features 0 to 15 of .*, found 16"),
+        (saekit.serve_dashboard, {"sae": "nobody", "port": 0}, "sae: must be one of the store's, .*; found 'nobody'"),
+        (partial(saekit.show_feature, index=16), {}, "index: must be numbers from 0 to 15 for .*topk, found 16"),
+        (
+            partial(saekit.collect_features, features=[16]),
+            {},
+            "features: must be numbers from 0 to 15 for .*, found 16",
+        ),
+        (partial(saekit.collect_features, features={"a": [1]}), {}, "features: names 'a', and the SAEs are .*topk"),
+    ],
+)
+def test_what_an_sae_has_not_is_told_before_a_model_is_loaded(
+    page: Any, options: Any, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def long(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a model is loaded")
+
+    several_saes()["topk"].save(tmp_path / "topk")
+    monkeypatch.setattr(Material, "groups", long)
+    with pytest.raises(ConfigError, match=message):
+        page(str(tmp_path / "topk"), verbose=False, **options)
+    assert not (tmp_path / "topk" / "features").exists()

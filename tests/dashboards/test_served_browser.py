@@ -190,9 +190,9 @@ def test_a_feature_as_a_text(store: saekit.FeatureStore) -> None:
 
 
 def test_what_cannot_be_shown(store: saekit.FeatureStore) -> None:
-    with pytest.raises(saekit.ConfigError, match=r"sae: is missing: the store has several, topk, .*; name one"):
+    with pytest.raises(saekit.ConfigError, match=r"sae: is missing: there are several, topk, .*; name one"):
         saekit.show_feature(store, 5)
-    with pytest.raises(saekit.ConfigError, match=r"feature: must be 0 to 15 for topk, found 99"):
+    with pytest.raises(saekit.ConfigError, match=r"index: must be 0 to 15 for topk, found 99"):
         saekit.show_feature(store, 99, sae="topk")
     with pytest.raises(saekit.ConfigError, match=r"height: must be 200 pixels or more, found 3"):
         saekit.show_feature(store, 5, sae="topk", height=3)

@@ -91,6 +91,36 @@ def test_numbers_say_which_weights_they_are_of(runs: Path, tmp_path: Path, capsy
     assert "nothing: evals.json is of other weights; saekit eval" in capsys.readouterr().out
 
 
+def test_numbers_of_another_place_are_not_kept_as_its_own(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = saekit.SAE.load(runs / "a", plugins=manager()).save(tmp_path / "sae")
+    file, elsewhere = folder / "evals.json", "blocks.1.hook_resid_post"
+    told = f"^the numbers are not kept in {file}: that is for those of the SAE in the place where it was trained"
+    with pytest.warns(UserWarning, match=f"was trained at {SITE} is put"), pytest.warns(UserWarning, match=told):
+        found = evaluated(folder, site=elsewhere)
+    assert found.file is None
+    assert not file.exists()
+    assert found.about["unlike_training"][0].startswith(f"an SAE that was trained at {SITE} is put at {elsewhere}")
+    kept = evaluated(folder, site=SITE, n_contexts=3)
+    assert "unlike_training" not in kept.about
+    before = file.read_bytes()
+    about = json.loads((folder / "cfg.json").read_text())
+    about["saekit"]["metadata"] |= {"model_name": "another", "model_fingerprint": "of another"}
+    del about["saekit"]["seal"]
+    (folder / "cfg.json").write_text(json.dumps(about))
+    other = "was trained on activations of 'another', and this"
+    with pytest.warns(UserWarning, match=other), pytest.warns(UserWarning, match=told):
+        evaluated(folder, model=FakeBackend())
+    assert file.read_bytes() == before
+    show(folder, Console(width=400))
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"measured on 96 of 96 tokens of 3 contexts of 32 tokens of {runs}/text.jsonl, held out from" in shown
+    assert f"; at {SITE}" in shown
+    with pytest.warns(UserWarning, match=other):
+        assert evaluated(folder, model=FakeBackend(), save=False).file is None
+
+
 def test_held_out_documents_are_not_those_of_training(runs: Path) -> None:
     seen: list[torch.Tensor] = []
 

@@ -264,7 +264,7 @@ def test_mistakes_are_told_together_and_before_anything_is_written(export: Any, 
     for options, message in (
         ({"neuronpedia_id": "res-jb"}, r"neuronpedia_id: must be MODEL/LAYER-SET, such as gpt2-small/8-res-jb, found"),
         ({"neuronpedia_id": "a/e-att-sm"}, r"names the layer 'e' in 'a/e-att-sm', and the batches of SAEDashboard"),
-        ({"numbers": [1, 24]}, r"feature: must be 0 to 23 for .*, found 24"),
+        ({"numbers": [1, 24]}, r"numbers: must be 0 to 23 for .*, found 24"),
         ({"numbers": "some"}, r'numbers: must be numbers of features or "all", found \'some\''),
         ({"numbers": []}, r"numbers: names none"),
         ({"numbers": [1.5]}, r"numbers: must be whole numbers, found 1.5"),
@@ -314,7 +314,7 @@ def test_features_that_are_not_in_the_store_are_said_to_be(tmp_path: Path, expor
         home = export(some)
     assert [one["feature_index"] for one in batches(home)[0]["features"]] == [1, 2]
     assert strict((home / "skipped_indexes.json").read_bytes())["skipped_indexes"] == [4]
-    with pytest.raises(ConfigError, match=r"feature: 5 of .* is not in the store"):
+    with pytest.raises(ConfigError, match=r"numbers: 5 of .* is not in the store"):
         export(some, numbers=[1, 5], folder=tmp_path / "more")
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import os
 import textwrap
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "completed", "examples", "source_of"]
+if TYPE_CHECKING:
+    from saekit.config import TrainConfig
+
+__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "completed", "examples", "run_config", "source_of"]
 
 
 def completed(what: str, ctx: typer.Context, incomplete: str) -> list[str]:
@@ -49,3 +52,13 @@ def source_of(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]
     given = overrides or []
     no_file = "=" in config and not os.path.exists(config)  # noqa: PTH110 - pathlib would be imported for it alone
     return ({}, [config, *given]) if no_file else (config, given)
+
+
+def run_config(source: Any, overrides: list[str]) -> TrainConfig:
+    """What :func:`source_of` gives, as the configuration of a run that takes nothing from memory."""
+    from saekit.config.files import load_config
+    from saekit.runs.from_memory import check_config_names_all
+
+    checked = load_config(source, overrides)
+    check_config_names_all(source, overrides)
+    return checked

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import ConfigFile, Overrides, examples, source_of
+from saekit.commands.terminal.arguments import ConfigFile, Overrides, examples, run_config, source_of
 from saekit.commands.terminal.ending import interruptible
 
 __all__ = ["EXAMPLES", "app"]
@@ -50,10 +50,9 @@ def write(
     it goes on after the last finished shard when it is called again.
     """
     from saekit.commands import jobs
-    from saekit.config.files import load_config
     from saekit.distributed.launched import Launched
 
-    checked = load_config(*source_of(config, overrides))
+    checked = run_config(*source_of(config, overrides))
     folder = checked.activations.cache.folder
     with interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
         manifest = jobs.cache_activations(checked)

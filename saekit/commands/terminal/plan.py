@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from saekit.commands.terminal.arguments import ConfigFile, Overrides, source_of
+from saekit.commands.terminal.arguments import ConfigFile, Overrides, run_config, source_of
 
 __all__ = ["EXAMPLES", "plan"]
 
@@ -43,11 +43,10 @@ def plan(
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
     from saekit.commands import jobs, preflight
-    from saekit.config.files import load_config
     from saekit.plugins.manager import default_manager
     from saekit.process_age import process_age
 
-    checked = load_config(*source_of(config, overrides))
+    checked = run_config(*source_of(config, overrides))
     started = process_age()  # a run's process takes as long to come here
     early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
     for text in early:  # now, and not when the model has run

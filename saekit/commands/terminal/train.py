@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, source_of
+from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, run_config, source_of
 from saekit.commands.terminal.ending import complain, interruptible
 from saekit.errors import ConfigError
 
@@ -58,10 +58,10 @@ def train(
 
         check_is_run(as_path(run))  # before anything is imported that is for runs
     source, given = ({}, []) if config is None else source_of(config, overrides)
-    from saekit.config.files import load_config, parse_grid
+    from saekit.config.files import parse_grid
 
     if run is None:
-        wanted: Any = load_config(source, given)  # before torch is imported, so that mistakes show at once
+        wanted: Any = run_config(source, given)  # before torch is imported, so that mistakes show at once
     if axes:
         from saekit.runs.sweep import grid
 

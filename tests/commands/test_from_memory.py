@@ -1,0 +1,164 @@
+"""Runs whose text or model came from memory: what goes by their configuration says so, and takes no other."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command import cli
+from support.sweeps import DOCUMENTS, manager
+from support.tiny import run_config
+from support.written import write_run, write_sweep
+
+import saekit
+from saekit.commands.pushing import _card
+from saekit.errors import ConfigError
+from saekit.reports.folder import read_run
+from saekit.runs.from_memory import from_memory
+from saekit.testing import FakeBackend
+
+SITE = "blocks.0.hook_resid_post"
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*wrong site, scale or model"),  # they were hardly trained
+    pytest.mark.filterwarnings("ignore:.*hardly better than guessing"),  # a fake model does
+]
+
+
+def config(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
+    return run_config(
+        folder,
+        model={"backend": "fake"},
+        site={"hook_name": SITE},
+        training={"training_tokens": 256},
+        evals={"split": None, "held_out_every": 3, "n_contexts": 4, "run": []},
+        checkpoints={"folder": str(folder), "name": name, "keep_last": 0},
+        **changes,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``mem``, and the sweep ``many``, on the fake model and texts from memory."""
+    folder = tmp_path_factory.mktemp("runs")
+    saekit.train(config(folder, "mem"), plugins=manager(), dataset=DOCUMENTS)
+    many = saekit.grid(config(folder, "many"), {"training.lr": [1e-3, 2e-3]}, plugins=manager())
+    saekit.train(many, plugins=manager(), dataset=DOCUMENTS)
+    return folder
+
+
+def evaluated(what: Any, **options: Any) -> Any:
+    quick: dict[str, Any] = {"n_bootstrap": 2, "n_contexts": 4, "verbose": False, "save": False}
+    return saekit.evaluate(what, plugins=manager(), **(quick | options))
+
+
+def collected(what: Any, **options: Any) -> Any:
+    return saekit.collect_features(what, plugins=manager(), n_contexts=4, verbose=False, **options)
+
+
+def paged(what: Any, **options: Any) -> Any:
+    return saekit.dashboard(what, plugins=manager(), n_contexts=4, verbose=False, **options)
+
+
+def compared(what: Any, **options: Any) -> Any:
+    both = {"a": what, "b": what}
+    return saekit.compare(both, plugins=manager(), n_contexts=4, n_bootstrap=2, verbose=False, **options)
+
+
+def missing(kind: str, run: Path) -> str:
+    told = f"{kind}: is missing: the run in {run} was trained with a {kind} from memory"
+    return rf"{re.escape(told)}, which none of its files names. Give it: {kind}=\.\.\. from Python, or --{kind} "
+
+
+@pytest.mark.parametrize("function", [evaluated, collected, paged, compared])
+def test_a_text_from_memory_is_asked_for(runs: Path, function: Callable[[Any], Any]) -> None:
+    with pytest.raises(ConfigError, match=missing("dataset", runs / "mem")):
+        function(runs / "mem")
+    assert sorted(path.name for path in (runs / "mem").iterdir() if path.name != ".lock") == [
+        "config.toml", "metrics.jsonl", "run.json", "sae"
+    ]  # fmt: skip
+
+
+def test_it_is_asked_for_wherever_the_sae_is_read_from(runs: Path, tmp_path: Path) -> None:
+    one = next(path for path in sorted((runs / "many").iterdir()) if (path / "sae").is_dir())
+    for what, run in ((runs / "mem" / "sae", runs / "mem"), (one, one), (runs / "many", one)):
+        with pytest.raises(ConfigError, match=missing("dataset", run)):
+            evaluated(what)
+    with pytest.raises(ConfigError, match=missing("dataset", one)):
+        collected(saekit.SAE.load(one, plugins=manager()), folder=tmp_path / "features")
+    shutil.copytree(one, tmp_path / "alone")  # without the record of its run, but it says so itself
+    with pytest.raises(ConfigError, match=missing("dataset", tmp_path / "alone")):
+        evaluated(tmp_path / "alone")
+    shutil.copytree(one / "sae", tmp_path / "copy")
+    with pytest.raises(ConfigError, match="dataset: is missing: the SAE does not say which text"):
+        evaluated(tmp_path / "copy")
+
+
+def test_given_anew_it_is_measured_on(runs: Path) -> None:
+    found = evaluated(runs / "mem", dataset=DOCUMENTS)
+    assert found.about["dataset"] == "a dataset from memory"
+    assert not found.about["held_out"], "nobody knows that it is the same"
+    contexts = [[0, *range(1, 12)]] * 4
+    assert evaluated(runs / "mem", contexts=contexts).about["dataset"] == "contexts that were given"
+
+
+def test_a_model_from_memory_is_asked_for(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "mem", tmp_path / "memm")
+    record = tmp_path / "memm" / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"in_memory": ["model"]}))
+    with pytest.raises(ConfigError, match=missing("model", tmp_path / "memm")):
+        evaluated(tmp_path / "memm", dataset=DOCUMENTS)
+    with pytest.raises(ConfigError, match=missing("model", tmp_path / "memm")):
+        evaluated(tmp_path / "memm", dataset=DOCUMENTS, backend="fake")
+    assert evaluated(tmp_path / "memm", dataset=DOCUMENTS, model=FakeBackend()).about["model"] == "fake"
+    record.write_text("{}")
+    with pytest.warns(RuntimeWarning, match=r"cannot be loaded: .*run.json cannot be read: KeyError 'in_memory'"):
+        evaluated(tmp_path / "memm", dataset=DOCUMENTS)
+
+
+def test_its_configuration_is_not_trained_by(runs: Path) -> None:
+    file = runs / "mem" / "config.toml"
+    assert file.read_text().startswith("# The dataset of this run came from memory, and is not dataset.path.\n")
+    told = "dataset.path: is not what this run was trained with: its dataset came from memory"
+    for function in (saekit.train, saekit.cache_activations):
+        with pytest.raises(ConfigError, match=told):
+            function(file, plugins=manager())
+    found = saekit.plan(str(file), plugins=manager(), load=False)
+    assert told in found.problems[0]
+    assert found.verdict.startswith("It cannot run: ")
+    given = saekit.plan(file, plugins=manager(), load=False, dataset=DOCUMENTS)
+    assert not any(told in problem for problem in given.problems)
+
+
+@pytest.mark.parametrize("command", ["plan", "train", "cache"])
+def test_nor_by_a_command(tmp_path: Path, command: str) -> None:
+    run = in_memory(write_run(tmp_path / "run"), "dataset", "model")
+    found = cli(command, run / "config.toml", "model.name=gpt2", check=2)
+    assert "dataset.path: is not what this run was trained with: its dataset came from memory" in found.stderr
+    assert "dataset.path=... (a file or a name) after the configuration" in found.stderr
+    assert "model.name: is not" not in found.stderr, "that is given"
+
+
+def in_memory(run: Path, *kinds: str) -> Path:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"in_memory": [*kinds]}))
+    return run
+
+
+def test_a_card_names_no_other(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    for kinds, data in (((), "saekit/python-stdlib"), (("dataset",), None)):
+        card = _card(read_run(in_memory(run, *kinds)).alone, "", {})
+        assert card.facts.get("data") == card.options.get("dataset.path") == data
+
+
+def test_whose_record_says_it(tmp_path: Path) -> None:
+    sweep = in_memory(write_sweep(tmp_path / "sweep", {"a": {}, "b": {}}), "dataset")
+    assert from_memory(sweep / "a") == ("dataset",)
+    (sweep / "c").mkdir()
+    assert from_memory(sweep / "c") == from_memory(tmp_path) == (), "not of that run"

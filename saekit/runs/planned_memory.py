@@ -36,15 +36,15 @@ class Of(StrEnum):
 
 
 _LESS = {
-    Of.MODEL: 'choose model.dtype = "bfloat16", or a smaller model',
+    Of.MODEL: "choose model.dtype=bfloat16, or a smaller model",
     Of.SAE: "choose fewer features (sae.d_sae)",
     Of.BUFFER: "lower activations.source.n_batches_in_buffer",
     Of.FORWARD: "lower activations.source.store_batch_size_prompts",
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",
-    Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
-    Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
-    Of.LOADING: 'choose model.dtype = "bfloat16", or a smaller model',
+    Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last=0",
+    Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last=0",
+    Of.LOADING: "choose model.dtype=bfloat16, or a smaller model",
     Of.WHOLE: "choose fewer features (sae.d_sae)",
     Of.LIBRARIES: "end other programs, or choose a machine with more memory",
     Of.TOKENIZING: "choose fewer of them (tokenize_processes of activations.source)",

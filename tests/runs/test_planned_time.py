@@ -63,7 +63,7 @@ def test_a_plan_says_how_forwards_are_spared(tmp_path: Path) -> None:
     found = saekit.plan(config)
     assert found.numbers["forwards"] == 7, "four fill the buffer, and three fill it up before the last batch"
     assert "training takes those of 4" in found.facts["forwards"]
-    assert 'write activations.source.refill = "needed"' in found.facts["forwards"]
+    assert "write activations.source.refill=needed" in found.facts["forwards"]
     config["activations"]["source"]["refill"] = "needed"
     spared = saekit.plan(config)
     assert (spared.numbers["forwards"], spared.facts["forwards"]) == (4, "4 of 256 activations")

@@ -15,7 +15,18 @@ from saekit.evals.pieces import at_once
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 
-__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "standing_place", "verdict"]
+__all__ = [
+    "Memory",
+    "Need",
+    "Of",
+    "Verdict",
+    "eval_bytes",
+    "free_disk",
+    "free_memory",
+    "process_text",
+    "standing_place",
+    "verdict",
+]
 
 
 class Of(StrEnum):
@@ -130,6 +141,14 @@ def _parts(needs: Sequence[Need]) -> str:
 
 def _free(size: float | None) -> str:
     return "" if size is None else f"; {bytes_text(size)} are free"
+
+
+def process_text(tensors: float, libraries: float) -> str:
+    """Of a process that has so many bytes of tensors on the CPU, and of Python and its libraries, the whole."""
+    return (
+        f"about {bytes_text(tensors + libraries)}: {bytes_text(tensors)} of memory on cpu, and {bytes_text(libraries)} "
+        "of Python and its libraries"
+    )
 
 
 def free_memory(devices: Sequence[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ class SourceForwards:
     needed: bool = False
     """Whether it is filled up to no more than training still takes."""
     needed_line: str = ""
-    """The line of a configuration that has it so; empty: there is none."""
+    """The option that has it so, as a command line takes it (``section.option=value``); empty: there is none."""
     tokenizing: int = 0
     """Processes that tokenize for them."""
     device: str | None = None

@@ -79,7 +79,7 @@ def wrong_model(loaded: object, expected: str, backend: str | None = None) -> Mo
     elif is_wrapper_of_compile(loaded):
         hint = f"torch.compile made it, and compiled code does not see hooks: give the model inside, its .{_WRAPPED}"
     elif backend is not None:
-        hint = f'It is {_article(backend)} {backend}, and its backend must be named: model.backend = "{backend}"'
+        hint = f"It is {_article(backend)} {backend}, and its backend must be named: model.backend={backend}"
     else:
         hint = "Of models of other kinds, saekit needs a backend (model.backend)"
     return ModelError(f"model must be {_article(expected)} {expected}, found {type(loaded).__name__}. {hint}")

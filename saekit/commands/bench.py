@@ -126,18 +126,18 @@ def _ways(timed: Sequence[Timed]) -> list[str]:
             slower = sorted(one.plain / one.step for one in those)
             most = f" to {slower[-1]:.1f}" if len(slower) > 1 else ""
             lines += [
-                f'  training.kernels = "reference" takes plain torch: steps take {slower[0]:.1f}{most} times as long',
-                '  training.kernels = "fast" changes nothing here',
+                f"  training.kernels=reference takes plain torch: steps take {slower[0]:.1f}{most} times as long",
+                "  training.kernels=fast changes nothing here",
             ]
         elif if_fast is None:
-            lines.append('  training.kernels = "fast" takes the fast kernels')
+            lines.append("  training.kernels=fast takes the fast kernels")
         else:
-            lines.append(f'  training.kernels = "fast" is refused: {if_fast}')
+            lines.append(f"  training.kernels=fast is refused: {if_fast}")
         for reason in (reasons := dict.fromkeys(one.if_int8 for one in those)):
             of = [one for one in those if one.if_int8 == reason]
             where = f" ({_sizes_text({(one.d_in, one.d_sae) for one in of})})" if len(reasons) > 1 else ""
             int8 = "takes a first look in 8-bit integers" if reason is None else f"is refused: {reason}"
-            lines.append(f'  training.kernels = "int8"{where} {int8}')
+            lines.append(f"  training.kernels=int8{where} {int8}")
     lines += [f"not at work here: {text}" for text in dict.fromkeys(text for one in timed for text in one.others)]
     return lines
 

@@ -262,7 +262,7 @@ class Material:
             evals = attrs.evolve(config.evals, n_contexts=self.text.n_contexts)
             if not evals.held_out_every and evals.split is None:
                 raise ConfigError(
-                    [("dataset", "is missing: the run trained on every document (evals.held_out_every = 0), so none is "
+                    [("dataset", "is missing: the run trained on every document (evals.held_out_every=0), so none is "
                       "left to measure on; name another text")]
                 )  # fmt: skip
             stopping, column = attrs.evolve(config.dataset, on_exhausted="stop"), config.tokens.mask_column

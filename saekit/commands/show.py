@@ -24,6 +24,7 @@ from saekit.plugins.text import printable
 from saekit.reports.folder import RunFolder, SAERun, State, read_run
 from saekit.reports.numbers import count, fraction, number, size
 from saekit.reports.pictures import CURVES, SUMMARY, draw_pictures
+from saekit.reports.sweep import NUMBERS
 from saekit.reports.table import run_table
 from saekit.runs.checkpoints import MANIFEST
 from saekit.runs.from_memory import IN_MEMORY, OPTIONS
@@ -35,6 +36,8 @@ _ENOUGH = 4 << 20
 """Bytes at the end of metrics that the newest numbers are in."""
 _FIRST = {"explained_variance": "explained variance", "ce_recovered": "CE recovered", "l0": "L0"}
 """What is told of those that were measured."""
+_ALIKE = 1.1
+"""So many times as large an L0 is about the same."""
 _STORE = "manifest.json"
 _MOST_RUNS = 40
 _MOST_LINES = 60
@@ -142,8 +145,11 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
             yield "features", f"saekit features {folder}{_given(run)}"
         yield "dashboard", f"saekit dashboard {folder}{_given(run, *(['model'] if collected else IN_MEMORY))}"
     if run.sweep:
-        if (best := _best(run)) is not None:
-            yield "the best of it", f"saekit show {_quoted(best.home)}"
+        if sum(bool(sae.saved) for sae in run.saes.values()) > 1:
+            yield "compare them", f"saekit compare {folder}"
+        if (found := _highest(run)) is not None:
+            best, why = found
+            yield "look at one", f"saekit show {_quoted(best.home)}  # {why}"
         return
     sae = run.alone
     if sae.saved:
@@ -178,13 +184,27 @@ def _resuming(run: RunFolder, changes: str = "", allowed: str = "") -> str | Non
     return f"saekit.resume({', '.join([*arguments, *(f'{kind}=...' for kind in needed)])})"
 
 
-def _best(run: RunFolder) -> SAERun | None:
-    """The SAE that recovers most of the loss, or else explains most of the variance; None where nobody can say."""
-    for metric in ("evals/ce_recovered", "evals/explained_variance"):
-        found = {name: sae.history.get(metric) for name, sae in run.saes.items() if sae.why_diverged is None}
+def _highest(run: RunFolder) -> tuple[SAERun, str] | None:
+    """The SAE that recovers most of the loss, or else explains most of the variance, and that in words; None where
+    nobody can say.
+
+    Of SAEs whose L0 differ, it is as a rule the densest, and so not called the best.
+    """
+    healthy = {name: sae for name, sae in run.saes.items() if sae.why_diverged is None}
+    densities = {name: sae.history.get(*NUMBERS["l0"]) for name, sae in healthy.items()}
+    for metric in ("ce_recovered", "explained_variance"):
+        found = {name: sae.history.get(f"evals/{metric}") for name, sae in healthy.items()}
         measured = {name: value for name, value in found.items() if value is not None and math.isfinite(value)}
-        if measured:
-            return run.saes[max(measured, key=lambda name: measured[name])]
+        if not measured:
+            continue
+        name = max(measured, key=lambda name: measured[name])
+        told, all_of = densities[name], [value for one in measured if (value := densities[one])]
+        why = f"the highest {_FIRST[metric]}, {fraction(measured[name])}"
+        if told is None:
+            return run.saes[name], why
+        alike = max(all_of) <= _ALIKE * min(all_of) if all_of else False
+        more = "" if alike else f", of {number(min(all_of))} to {number(max(all_of))}: compare SAEs of one L0"
+        return run.saes[name], f"{why}, at an L0 of {number(told)}{more if len(all_of) > 1 else ''}"
     return None
 
 

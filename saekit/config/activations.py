@@ -15,7 +15,7 @@ __all__ = ["ActivationsConfig", "CacheConfig"]
 
 @attrs.frozen(kw_only=True)
 class CacheConfig:
-    """What `saekit cache` writes.  Training reads it with `activations.source = {name = "cached", folder = ...}`."""
+    """What `saekit cache` writes.  Training reads it with `activations.source.name=cached` and its `folder`."""
 
     folder: str = path_field("activations", validator=not_empty)
     """The folder to write, or to go on with."""

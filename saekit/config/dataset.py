@@ -66,5 +66,5 @@ class DatasetConfig:
         if self.prepend_bos is not False and self.begin_batch_token not in (None, "none", "bos"):
             raise ConfigError(
                 [("begin_batch_token", f"is {self.begin_batch_token!r}, but prepend_bos begins contexts with BOS; "
-                  "set prepend_bos = false to use another token")]
+                  "set dataset.prepend_bos=false to use another token")]
             )  # fmt: skip

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -25,6 +26,7 @@ __all__ = [
     "apply_overrides",
     "commented_toml",
     "dump_config",
+    "in_a_file",
     "load_config",
     "load_configs",
     "parse_grid",
@@ -109,7 +111,9 @@ def read_table(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}") from error
+        twice = "Cannot declare" in str(error) or "Cannot mutate" in str(error)
+        hint = ". A section is begun once: write all its options below one [section]" if twice else ""
+        raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from error
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply, as no configuration is") from None
     if table is None:
@@ -137,15 +141,16 @@ def apply_overrides(
     ``kind`` is the class that the table is of: a table that is given for one of its sections (``training={lr=3}``)
     leaves the rest of the section as it is.
     """
-    plugins = plugins or default_manager()
+    plugins, overrides = plugins or default_manager(), list(overrides)
     if problem := too_nested(table):
         raise ConfigError(f"the configuration {problem}")
     changes = []
-    for override in overrides:
+    for number, override in enumerate(overrides):
         path, equals, text = override.partition("=")
         keys = path.strip().split(".")
         if not equals or not all(keys):
-            raise ConfigError(f"{override!r} is not an override; write section.option=value, as in training.lr=1e-4")
+            how = _in_one_word(overrides, number) or "write section.option=value, as in training.lr=1e-4"
+            raise ConfigError(f"{override!r} is not an override; {how}")
         if len(keys) > _MOST_KEYS:
             raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")
         changes.append((path.strip(), _parsed(text.strip())))
@@ -153,6 +158,20 @@ def apply_overrides(
     for path, value in in_order(changes):
         set_option(result, path, value, Place(kind, plugins))
     return result
+
+
+def _in_one_word(overrides: Sequence[str], number: int) -> str | None:
+    """What to write where the override of that number is part of one with spaces, as a shell gives ``lr = 1e-4``."""
+    first = number - 1 if number and overrides[number - 1].rstrip().endswith("=") else number
+    spaced = re.match(r"([^\s=]+)(?:\s+=\s*|=\s+)(\S*)", " ".join(overrides[first : first + 3]))
+    return None if spaced is None else f"write it without spaces: {spaced[1]}={spaced[2] or 'value'}"
+
+
+def in_a_file(override: str) -> str:
+    """Where ``section.option=value`` goes in a TOML file, in words."""
+    path, _, text = override.partition("=")
+    section, _, name = path.strip().rpartition(".")
+    return f"{name} = {toml_value(_parsed(text.strip()))}" + (f" below [{section}]" if section else "")
 
 
 def parse_grid(axes: Iterable[str]) -> dict[str, list[Any]]:

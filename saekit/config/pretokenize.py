@@ -16,7 +16,7 @@ __all__ = ["PretokenizeConfig"]
 @attrs.frozen(kw_only=True)
 class PretokenizeConfig:
     """One run of `saekit pretokenize`: text in, shuffled contexts out.  The text is read once; when it ends before
-    `max_contexts`, `dataset.on_exhausted = "error"` fails, and the others write what there is."""
+    `max_contexts`, `dataset.on_exhausted=error` fails, and the others write what there is."""
 
     dataset: DatasetConfig = attrs.field(factory=DatasetConfig)
     """The text, and how it becomes contexts."""

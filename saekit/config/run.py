@@ -82,7 +82,7 @@ class TrainConfig:
         if self.evals.reads_text and self.evals.split is None and not self.evals.held_out_every:
             raise ConfigError(
                 [("evals.held_out_every", "is 0, so no text is left to measure on; name a split in evals.split, or "
-                  "measure nothing: evals.run = []")]
+                  "measure nothing: evals.run=[]")]
             )  # fmt: skip
 
     def _check_sites(self) -> None:

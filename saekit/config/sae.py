@@ -55,7 +55,7 @@ class SAEConfig:
         if self.decoder_heuristic_init and self.normalize_sae_decoder:
             raise ConfigError(
                 [("decoder_heuristic_init", "starts from rows of norm 0.1, which normalize_sae_decoder sets to 1; "
-                  "set normalize_sae_decoder = false")]
+                  "set sae.normalize_sae_decoder=false")]
             )  # fmt: skip
         if self.decoder_heuristic_init and self.decoder_orthogonal_init:
             raise ConfigError([("decoder_heuristic_init", "choose one of decoder_heuristic_init and "

@@ -145,7 +145,7 @@ class Corpus:
             raise DataError(
                 f"the held-out text does not fill one context of {self.context_size} tokens. Lower "
                 "evals.held_out_every, name a split of its own in evals.split, use more or smaller documents, or "
-                "measure nothing: evals.run = []"
+                "measure nothing: evals.run=[]"
             )
         generator = torch.Generator().manual_seed(seed)
         picked = torch.randperm(len(contexts), generator=generator)[: self.evals.n_contexts]

@@ -207,7 +207,7 @@ def _of_chats(record: Mapping[str, Any], wanted: str | None) -> str:
     """A hint where conversations are there, or are asked for by their column."""
     names = CONVERSATIONS if wanted is None else (wanted,)
     there = [name for name in names if name in record and messages_of(record[name])]
-    return f". Conversations, as in {there[0]!r}, become text with dataset.chat_template = true" if there else ""
+    return f". Conversations, as in {there[0]!r}, become text with dataset.chat_template=true" if there else ""
 
 
 def _split_of(splits: Mapping[str, Any], split: str, where: str) -> Any:

@@ -48,7 +48,7 @@ def why_no_screen(device: torch.device, dtype: torch.dtype, d_sae: int, int8: bo
         return why_no_int8_products()
     if has_bfloat16_products():
         return None
-    more = '; kernels = "int8" takes one in int8' if why_no_int8_products() is None else ""
+    more = "; training.kernels=int8 takes one in int8" if why_no_int8_products() is None else ""
     return f"this CPU has no bfloat16 products{more}"
 
 

@@ -67,7 +67,7 @@ def pictures_after(folder: Path) -> Pictures:
     for problem in drawn.problems:
         warnings.warn(
             f"a picture of the run was not drawn: {problem}. Nothing else is missing; `saekit show --draw` tries "
-            "again, and reports.pictures = false leaves them out",
+            "again, and reports.pictures=false leaves them out",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -37,7 +37,7 @@ class Summary:
 
 def summary_of(run: RunFolder) -> Summary:
     """Of the sweep ``run``, from the folders of its SAEs; what options differ is told by ``summary.csv`` if there is
-    one, and else by the configurations as they were written."""
+    one, and else by its record, or by the configurations as they were written."""
     options = _from_csv(run) or _from_configs(run)
     paths = list(next(iter(options.values()), {}))
     return Summary([_row(sae, options[name]) for name, sae in run.saes.items()], short_names(paths))
@@ -80,8 +80,11 @@ def _value(text: str | None) -> Any:
 
 
 def _from_configs(run: RunFolder) -> dict[str, dict[str, Any]]:
-    """By SAE, the options in which the configurations differ."""
+    """By SAE, the options that the record says they differ in, or else those in which their configurations do."""
     tables = {name: flat_options(sae.options.table) for name, sae in run.saes.items()}
+    record = next(iter(run.saes.values())).record
+    if record is not None and record.changed is not None:
+        return {name: {path: table.get(path) for path in record.changed} for name, table in tables.items()}
     paths = dict.fromkeys(path for table in tables.values() for path in table if path != "checkpoints.name")
     first = next(iter(tables.values()))
     changed = [path for path in paths if any(table.get(path) != first.get(path) for table in tables.values())]

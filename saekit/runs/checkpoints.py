@@ -285,7 +285,7 @@ def newest_checkpoint(
         raise PlaceError(f"every checkpoint in {run / 'checkpoints'} is damaged: {'; '.join(damaged)}")
     raise PlaceError(
         f"there is no checkpoint to go on from in {run / 'checkpoints'}: the run was stopped before its first one, or "
-        "had checkpoints.keep_last = 0"
+        "had checkpoints.keep_last=0"
     )
 
 

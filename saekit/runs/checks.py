@@ -65,18 +65,18 @@ def check_without_model(config: TrainConfig, plugins: PluginManager) -> None:
     if source.entry.needs_text:
         problems.append(
             ("activations.source", f"is '{source.key}', which reads a text by a language model, and this run has none "
-             f"(model.backend = '{backend}'); choose a source that has activations of its own")
+             f"(model.backend={backend}); choose a source that has activations of its own")
         )  # fmt: skip
     if config.tokens.chooses:
         problems.append(
-            ("tokens", f"chooses which tokens count, and this run has no language model (model.backend = '{backend}') "
+            ("tokens", f"chooses which tokens count, and this run has no language model (model.backend={backend}) "
              "that would say what they are; leave it out: activations are as their source has them")
         )  # fmt: skip
     needing = [key for key, choice in chosen_evals(config, plugins).items() if choice.item.entry.needs_text]
     if needing:
         problems.append(
             ("evals.run", f"has {', '.join(needing)}, which measure on a text by a language model, and this run has "
-             f"none (model.backend = '{backend}'); leave them out: evals.run = []")
+             f"none (model.backend={backend}); leave them out: evals.run=[]")
         )  # fmt: skip
     if problems:
         raise ConfigError(problems)
@@ -87,7 +87,7 @@ def check_finetuning(config: TrainConfig, options: SAEConfig) -> None:
     if config.training.finetuning_method == "decoder" and options.apply_b_dec_to_input:
         raise ConfigError(
             [("training.finetuning_method", "is 'decoder', which moves b_dec, and sae.apply_b_dec_to_input takes b_dec "
-              "from the input, so that the encoder would change too; set sae.apply_b_dec_to_input = false, or choose "
+              "from the input, so that the encoder would change too; set sae.apply_b_dec_to_input=false, or choose "
               "another method")]
         )  # fmt: skip
 

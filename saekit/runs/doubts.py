@@ -108,9 +108,9 @@ def doubts_of_features(config: TrainConfig, trainer: SAETrainer, l0: float) -> l
         return []
     advice = []
     if config.activations.normalize_activations is None:
-        advice.append('scale activations (activations.normalize_activations = "expected_average_only_in")')
+        advice.append("scale activations (activations.normalize_activations=expected_average_only_in)")
     if trainer.sae.config.b_dec_init_method == "zeros":
-        advice.append('start b_dec at their mean (sae.b_dec_init_method = "mean")')
+        advice.append("start b_dec at their mean (sae.b_dec_init_method=mean)")
     advice += ["train on more tokens (training.training_tokens)", "choose fewer features (sae.d_sae)"]
     return [
         f"{dead:,} of {d_sae:,} features ({dead / d_sae:.0%}) of the SAE at {config.sites.name} are dead at the end of "

@@ -111,7 +111,7 @@ def repeated(tokens: int, wanted: int, *, what: str = "the text has") -> str | N
         return None
     return (
         f"{what} {tokens:,} tokens, and training takes {wanted:,} (training.training_tokens), so each is read "
-        f'{wanted / tokens:,.0f} times. Train on fewer tokens or on more text; dataset.on_exhausted = "stop" ends '
+        f"{wanted / tokens:,.0f} times. Train on fewer tokens or on more text; dataset.on_exhausted=stop ends "
         "training with the text"
     )
 

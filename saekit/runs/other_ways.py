@@ -36,6 +36,8 @@ _Name = TypeVar("_Name")
 _SECONDS = 30.0  # for the sizes of a forward, beside the first of each
 _ROUNDS = 7
 _ALIKE = 1.05  # a gain for which nobody should change a run
+_SPREAD = 1.5  # between the rounds of what is not faster, beyond which it may be another time
+_UNCLEAR = "the rounds differ by more than the two do, as where other programs are at work; try again when it is quiet"
 _ROOM = 2  # as much memory must be free as a larger forward takes
 
 
@@ -59,11 +61,24 @@ class Compared:
         """Whether it is faster, by more than the noise of the rounds."""
         return self.ratio >= _ALIKE and self.least > 1
 
+    @property
+    def clear(self) -> bool:
+        """Whether the rounds agree on what it is: faster, or not."""
+        return self.pays or self.most < _ALIKE or (self.ratio < _ALIKE and self.most < _SPREAD * self.least)
+
     def __str__(self) -> str:
-        noise, rounds = f"{self.least:.2f} to {self.most:.2f} ×", f"in {self.rounds} rounds"
+        noise, rounds = f"{_times(self.least)} to {_times(self.most)} ×", f"in {self.rounds} rounds"
+        if not self.clear:
+            return f"not clear on this machine: {noise} as fast {rounds}"
+        if 1 / _ALIKE < self.ratio < _ALIKE:
+            return f"about as fast here ({noise} {rounds})"
         if self.ratio < 1:
             return f"{1 / self.ratio:.2f} × slower here ({noise} as fast {rounds})"
         return f"{self.ratio:.2f} × faster here ({noise} {rounds})"
+
+
+def _times(factor: float) -> str:
+    return f"{factor:.2f}" if factor < 10 else f"{factor:.0f}"
 
 
 def compared(
@@ -145,9 +160,11 @@ def _of_sizes(
     if prompts not in sizes or len(sizes) < 2:
         return f"{prompts} (not compared: the text is too short, or memory or the buffer too small for others)"
     found = compared(prompts, {size: _forward(config, backend, tokens[:size]) for size in sizes})
-    texts = [f"{size} would be {one}" for size, one in found.items()]
+    texts = [f"{size} {'would be' if one.clear else 'is'} {one}" for size, one in found.items()]
     paying = {size: one for size, one in found.items() if one.pays}
-    advice = "the run's is as good as any"
+    advice = (
+        "the run's is as good as any" if all(one.clear for one in found.values()) else f"keep the run's; {_UNCLEAR}"
+    )
     if paying:
         best = max(paying, key=lambda size: paying[size].ratio)
         same = f" and {source.buffered_option}={held // best}, for a buffer of the same size" * bool(held)
@@ -179,6 +196,8 @@ def _of_compiling(config: TrainConfig, plugins: PluginManager, backend: ModelBac
         per_token = (time.perf_counter() - start) / tokens.numel()
     except Exception as error:  # compilers and what they call raise what they like
         return f"cannot be tried here: {reason(error)}"
+    if not found.clear:
+        return f"{found}, after {duration_text(took)} of compiling: {_UNCLEAR}"
     if not found.pays:
         return f"would be {found}, after {duration_text(took)} of compiling: leave it off"
     saved = per_token * (1 - 1 / found.ratio)

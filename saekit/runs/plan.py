@@ -41,7 +41,7 @@ from saekit.runs.other_ways import SIZES_FACT
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run, in_order
 from saekit.runs.planned_duration import TimedRun
-from saekit.runs.planned_memory import Verdict, free_disk, free_memory, verdict
+from saekit.runs.planned_memory import Verdict, free_disk, free_memory, process_text, verdict
 from saekit.runs.planned_mesh import planned_world
 from saekit.runs.planned_sizes import Sizes, devices_of
 from saekit.runs.planned_text import look_at_text, no_contexts
@@ -49,8 +49,8 @@ from saekit.runs.planned_time import Stopwatch
 from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
 from saekit.runs.supervised import SupervisedSource
-from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import resident, resident_peak
+from saekit.status import Status
 from saekit.tokens import special_ids
 from saekit.values import Ports
 
@@ -72,13 +72,13 @@ def look(
     load: bool = True,
     measure: bool = False,
     before: float = 0.0,
-    say: Callable[[str], object] = lambda text: None,
+    say: Status,
 ) -> Plan:
     """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
 
     Without ``load`` the model is only outlined, and nothing is timed.  ``measure``: other ways to run the model are
     timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.  ``say`` is
-    told of what is found before it is timed.
+    told of what is done, with a line of what is found before it is timed.
     """
     planner = _Planner(config, plugins, measure=measure, opening=Stopwatch(before))
     try:
@@ -161,21 +161,20 @@ class _Planner:
             place = free_disk(self.config.checkpoints.folder)
             if self.libraries is not None and self.peak is not None:  # what no tensor shows is seen when it is tried
                 self.libraries = max(self.libraries, self.peak - self.counted.memory.needed().get("cpu", 0.0))
-            beside = max((self.libraries or 0.0) - self.began, 0.0)  # the rest of them was not free then
-            memory = self.counted.memory.beside(beside, self.counted.tokenizing)
-            found = verdict(memory, self.counted.disk, self.free, place, self.world.size)
-            self.facts |= self.counted.memory.facts(self.free)
+            memory = self.counted.memory.beside(self.libraries or 0.0, self.counted.tokenizing)
+            own = 0.0 if self.libraries is None else self.began  # a run has it instead of this process, not beside it
+            free = {device: size + own * (device == "cpu") for device, size in self.free.items()}
+            found = verdict(memory, self.counted.disk, free, place, self.world.size)
+            self.facts |= self.counted.memory.facts(free)
             if self.libraries is not None and "cpu" in (needed := self.counted.memory.needed()):
                 self.numbers["peak_bytes"] = self.libraries + needed["cpu"]
-                self.facts["memory of the process"] = (
-                    f"about {bytes_text(self.libraries + needed['cpu'])}, with {bytes_text(self.libraries)} of Python "
-                    f"and its libraries{self.counted.told_of_tokenizing()}"
-                )
+                told = process_text(needed["cpu"], self.libraries) + self.counted.told_of_tokenizing()
+                self.facts["memory of the process"] = told
         warnings = [*self.warnings, *found.warnings]
         text = cannot_run(self.problems) or found.text
         return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
 
-    def look(self, model: object | None, dataset: object | None, *, load: bool, say: Callable[[str], object]) -> None:
+    def look(self, model: object | None, dataset: object | None, *, load: bool, say: Status) -> None:
         """Everything, as far as it can be reached."""
         config, plugins = self.config, self.plugins
         device = self.early(load=load)
@@ -218,7 +217,8 @@ class _Planner:
             if found is not None and found.memory.lacking(self.free):
                 self.untimed("it does not fit")
             elif tried and (source is not None or stream.has_model):
-                say(f"{self.plan().verdict} Trying a few batches of it")
+                say.line(f"counted so far: {self.plan().verdict}")
+                say("trying a few batches")
                 self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
         finally:
             if source is not None:

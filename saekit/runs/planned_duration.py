@@ -305,7 +305,7 @@ class TimedRun:
             self.warnings.append(
                 f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens, though a feature fires "
                 f"{share:,.0f} times on average; many may stay dead. Start b_dec at the mean of activations "
-                '(sae.b_dec_init_method = "mean"), or choose fewer features'
+                "(sae.b_dec_init_method=mean), or choose fewer features"
             )
 
     def _saving(self) -> float:

@@ -15,7 +15,18 @@ from saekit.evals.pieces import at_once
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
 
-__all__ = ["Memory", "Need", "Of", "Verdict", "eval_bytes", "free_disk", "free_memory", "standing_place", "verdict"]
+__all__ = [
+    "Memory",
+    "Need",
+    "Of",
+    "Verdict",
+    "eval_bytes",
+    "free_disk",
+    "free_memory",
+    "process_text",
+    "standing_place",
+    "verdict",
+]
 
 
 class Of(StrEnum):
@@ -36,15 +47,15 @@ class Of(StrEnum):
 
 
 _LESS = {
-    Of.MODEL: 'choose model.dtype = "bfloat16", or a smaller model',
+    Of.MODEL: "choose model.dtype=bfloat16, or a smaller model",
     Of.SAE: "choose fewer features (sae.d_sae)",
     Of.BUFFER: "lower activations.source.n_batches_in_buffer",
     Of.FORWARD: "lower activations.source.store_batch_size_prompts",
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",
-    Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
-    Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last = 0",
-    Of.LOADING: 'choose model.dtype = "bfloat16", or a smaller model',
+    Of.CHECKPOINT: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last=0",
+    Of.SAVING: "lower activations.source.n_batches_in_buffer, or set checkpoints.keep_last=0",
+    Of.LOADING: "choose model.dtype=bfloat16, or a smaller model",
     Of.WHOLE: "choose fewer features (sae.d_sae)",
     Of.LIBRARIES: "end other programs, or choose a machine with more memory",
     Of.TOKENIZING: "choose fewer of them (tokenize_processes of activations.source)",
@@ -130,6 +141,14 @@ def _parts(needs: Sequence[Need]) -> str:
 
 def _free(size: float | None) -> str:
     return "" if size is None else f"; {bytes_text(size)} are free"
+
+
+def process_text(tensors: float, libraries: float) -> str:
+    """Of a process that has so many bytes of tensors on the CPU, and of Python and its libraries, the whole."""
+    return (
+        f"about {bytes_text(tensors + libraries)}: {bytes_text(tensors)} of memory on cpu, and {bytes_text(libraries)} "
+        "of Python and its libraries"
+    )
 
 
 def free_memory(devices: Sequence[str]) -> dict[str, float]:

@@ -177,7 +177,7 @@ class Sizes:
         recipe, forwards = recipe * min(made, forwards) // forwards, min(made, forwards)
         self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
         chosen = self.config.checkpoints.buffer == "recipe"
-        choice = "as it is" if chosen else 'with checkpoints.buffer = "recipe"'
+        choice = "as it is" if chosen else "with checkpoints.buffer=recipe"
         each = " of each process" if self.world.size > 1 else ""
         self.facts["buffer in checkpoints"] = (
             f"{bytes_text(rows)}{each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), and about "
@@ -201,7 +201,7 @@ class Sizes:
         self.disk = saes * saved
         self.facts["disk"] = f"{bytes_text(saved)} for " + ("the SAE" if saes == 1 else f"each of {saes} saved SAEs")
         if not options.keep_last:
-            self.facts["disk"] += "; no checkpoint that the run could go on from (checkpoints.keep_last = 0)"
+            self.facts["disk"] += "; no checkpoint that the run could go on from (checkpoints.keep_last=0)"
             return 0
         self.numbers["checkpoint_bytes"] = written
         self.disk += (options.keep_last + 1) * written

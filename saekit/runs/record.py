@@ -20,7 +20,7 @@ from saekit.files.storage import check_file, leads_out, read_json, write_text
 from saekit.plugins.manager import PluginManager
 from saekit.runs.from_memory import IN_MEMORY, OPTIONS
 from saekit.runs.place import RECORD, check_is_run
-from saekit.runs.sweep import spelled_out
+from saekit.runs.sweep import changed_options, spelled_out
 from saekit.values import RunEnd
 
 __all__ = ["RunRecord", "differences", "flat", "is_named"]
@@ -48,6 +48,8 @@ class RunRecord:
     """Why an SAE was stopped before that, by name."""
     used: Mapping[str, Any] = attrs.field(factory=dict)
     """What is used of the text, where that is not all: as in the SAEs' metadata."""
+    changed: tuple[str, ...] | None = None
+    """The options that tell the SAEs of a sweep apart; None where it does not say."""
 
     _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
 
@@ -68,7 +70,8 @@ class RunRecord:
             except OSError as error:
                 raise StorageError(f"cannot make the folder {self.home(name)}: {error.strerror}") from error
             write_text(self.home(name) / CONFIG, self._unnamed() + dump_config(config, plugins=plugins))
-        self._save(ended=False)
+        changed = tuple(changed_options(list(configs.values()), plugins)[0]) if len(configs) > 1 else None
+        attrs.evolve(self, changed=changed)._save(ended=False)
 
     def _unnamed(self) -> str:
         """Lines for people, of what a configuration cannot name."""
@@ -81,6 +84,8 @@ class RunRecord:
             table["model"] = self.model
         if self.used:
             table["used"] = dict(self.used)
+        if self.changed is not None:
+            table["changed"] = list(self.changed)
         if self.checkpointed:
             table["checkpointed"] = True
         if ended and self.end is not None:
@@ -112,7 +117,8 @@ class RunRecord:
             saes = dict(table["saes"].items())
             model = table["model"] if isinstance(table.get("model"), str) else None
             used = table["used"] if isinstance(table.get("used"), dict) else {}
-            record = cls(folder, saes, tuple(table["in_memory"]), model, checkpointed, *_end_of(table), used=used)
+            memory, changed = tuple(table["in_memory"]), _changed_of(table)
+            record = cls(folder, saes, memory, model, checkpointed, *_end_of(table), used=used, changed=changed)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():
@@ -178,6 +184,12 @@ def _end_of(table: Mapping[str, Any]) -> tuple[RunEnd | None, dict[str, str]]:
     diverged = end.get("diverged")
     reasons = diverged.items() if isinstance(diverged, dict) else ()
     return RunEnd(end["status"], str(end.get("reason") or "")), {name: str(why) for name, why in reasons}
+
+
+def _changed_of(table: Mapping[str, Any]) -> tuple[str, ...] | None:
+    """The options that a sweep says its SAEs differ in; None where it is not as saekit writes it."""
+    changed = table.get("changed")
+    return tuple(changed) if isinstance(changed, list) and all(isinstance(path, str) for path in changed) else None
 
 
 def differences(old: TrainConfig, new: TrainConfig, plugins: PluginManager) -> dict[str, tuple[Any, Any]]:

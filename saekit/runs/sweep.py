@@ -110,9 +110,13 @@ def lane_key(config: TrainConfig, plugins: PluginManager) -> str:
 
 
 def changed_options(configs: Sequence[TrainConfig], plugins: PluginManager) -> list[dict[str, Any]]:
-    """For each configuration, the options in which they are not all alike; None: not an option of its plugins."""
+    """For each configuration, the options that tell it from the others; None: not an option of its plugins.
+
+    Where plugins differ, these are their keys, and of their options those that are not their defaults somewhere.
+    """
     tables = [spelled_out(config, plugins) for config in configs]
-    return [{path: table.get(path) for path in _changed(tables)} for table in tables]
+    telling = {path for options in _naming_options(configs, plugins) for path in options}
+    return [{path: table.get(path) for path in _changed(tables) if path in telling} for table in tables]
 
 
 def _changed(tables: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -34,10 +34,10 @@ def least_seconds(
 
 def bytes_text(size: float) -> str:
     for unit in ("bytes", "kB", "MB", "GB"):
-        if size < 1000:
+        if size < 999.5:  # as what is rounded to 1,000 is not
             return f"{size:,.3g} {unit}" if unit != "bytes" else f"{size:,.0f} bytes"
         size /= 1000
-    return f"{size:,.3g} TB"
+    return f"{size:,.3g} TB" if size < 999.5 else f"{size:,.0f} TB"
 
 
 def duration_text(seconds: float) -> str:

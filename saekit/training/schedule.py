@@ -54,7 +54,7 @@ class ComposedSchedule:
         if self._decay and self._main.end <= 0:
             raise ConfigError(
                 [("training.lr_decay_steps", f"the schedule already ends at {self._main.end:g}, so there is nothing to "
-                  "decay from; give the schedule an end above 0, or set lr_decay_steps = 0")]
+                  "decay from; give the schedule an end above 0, or set training.lr_decay_steps=0")]
             )  # fmt: skip
 
     def remark(self) -> str | None:

@@ -216,7 +216,7 @@ def test_a_bridge_passed_from_code() -> None:
     assert [part.training for part in model.modules()] == modes
     with pytest.raises(ConfigError, match="compatibility_mode: is True, which says how a model is loaded, and this"):
         saekit.load_model(model, backend=COMPATIBLE)
-    with pytest.raises(ModelError, match='It is a TransformerBridge, .*: model.backend = "TransformerBridge"'):
+    with pytest.raises(ModelError, match="It is a TransformerBridge, .*: model.backend=TransformerBridge"):
         saekit.load_model(model, backend="HookedTransformer")
     with pytest.raises(ModelError, match="model must be a TransformerBridge, found GPT2LMHeadModel. .*AutoModelFor"):
         saekit.load_model(causal_lm("gpt2"), backend="TransformerBridge")
@@ -236,7 +236,7 @@ def test_an_sae_trains_on_a_bridge(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fold_ln": False}, "fold_ln: is for compatibility_mode = true"),
+        ({"fold_ln": False}, "fold_ln: is for model.backend.compatibility_mode=true"),
         ({"from_pretrained_kwargs": {"trust_remote_code": True}}, "trust_remote_code is refused: no code that comes"),
         ({"from_pretrained_kwargs": {"attn_implementation": "sdpa"}}, "attn_implementation is eager in a bridge"),
         ({"from_pretrained_kwargs": {"dtype": "float16"}}, "dtype is an option of its own"),

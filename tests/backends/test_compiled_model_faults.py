@@ -68,7 +68,7 @@ def test_a_failure_to_compile_is_said_in_one_line(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ModelError) as caught:
         compiled.run(TOKENS, read={"blocks.0.hook_resid_post"})
     assert str(caught.value) == (
-        "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile = false "
+        "the model cannot be compiled (model.compile): NotImplementedError: no such machine. Set model.compile=false "
         "to run it as it is"
     )
     assert caught.value.__suppress_context__, "torch's report is not shown"

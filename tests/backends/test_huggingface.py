@@ -436,7 +436,7 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
         options(from_pretrained_kwargs={"revision": "x"})
     with pytest.raises(ConfigError, match="compiled code knows no hooks"):
         backend(model("gpt2"), compile=True)
-    with pytest.raises(ModelError, match='is a model of transformer_lens; .*model.backend = "HookedTransformer"'):
+    with pytest.raises(ModelError, match="is a model of transformer_lens; .*model.backend=HookedTransformer"):
         backend()
     with pytest.raises(ModelError, match="there is no model folder './nowhere'"):
         backend(name="./nowhere")
@@ -444,7 +444,7 @@ def test_what_cannot_be(folder: Path, tmp_path: Path) -> None:
         backend("gpt2")
     from support.tiny import hooked_transformer
 
-    with pytest.raises(ModelError, match='It is a HookedTransformer, .*: model.backend = "HookedTransformer"'):
+    with pytest.raises(ModelError, match="It is a HookedTransformer, .*: model.backend=HookedTransformer"):
         backend(hooked_transformer())
     config = run_config(tmp_path, model={"name": "./nowhere", "backend": "AutoModelForCausalLM"})
     with pytest.raises(ModelError, match="there is no model folder './nowhere'"):

@@ -240,7 +240,7 @@ def test_what_is_passed_instead() -> None:
     )
     told = str(wrong_model(1, "AutoThing", "Other"))
     assert told.startswith("model must be an AutoThing, found int. It is an Other, and its backend must be named: ")
-    assert told.endswith('model.backend = "Other"')
+    assert told.endswith("model.backend=Other")
     assert "Of models of other kinds, saekit needs a backend" in str(wrong_model(1, "Thing"))
 
 

@@ -130,9 +130,9 @@ def test_autocast_of_the_caller_keeps_no_copy_of_the_weights() -> None:
 
 
 def test_a_mamba_without_its_backend_is_told_which_one() -> None:
-    with pytest.raises(ModelError, match='a HookedMamba, and its backend must be named: model.backend = "HookedMamba"'):
+    with pytest.raises(ModelError, match="a HookedMamba, and its backend must be named: model.backend=HookedMamba"):
         backend(hooked_mamba())
-    with pytest.raises(ModelError, match='found HookedTransformer. .*: model.backend = "HookedTransformer"'):
+    with pytest.raises(ModelError, match="found HookedTransformer. .*: model.backend=HookedTransformer"):
         backend(hooked_transformer(), "HookedMamba")
 
 
@@ -142,7 +142,7 @@ def test_other_objects_are_told_what_to_do() -> None:
     with pytest.raises(ModelError, match="found str. A model is chosen by its name with model.name = 'gpt2'"):
         backend("gpt2")
     hf = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=8, n_embd=4, n_layer=1, n_head=1))
-    with pytest.raises(ModelError, match='found GPT2LMHeadModel. .* named: model.backend = "AutoModelForCausalLM"'):
+    with pytest.raises(ModelError, match="found GPT2LMHeadModel. .* named: model.backend=AutoModelForCausalLM"):
         backend(hf)
     model = hooked_transformer()
     with pytest.raises(ModelError, match="found str. A model is chosen by its name with model.name = 'm'"):

@@ -118,7 +118,7 @@ def test_an_architecture_of_a_stranger_says_why_it_is_in_plain_torch() -> None:
     assert own.plain == own.step
     text = shown(result)
     assert "own: plain torch: OwnSAE overrides features_of" in text
-    assert '"fast" is refused: OwnSAE overrides features_of, and not step_kernels' in text
+    assert "kernels=fast is refused: OwnSAE overrides features_of, and not step_kernels" in text
     assert [line.split()[4:6] for line in text.splitlines() if line.startswith("own ")] == [["the", "same"]]
     assert topk.why_plain is None
 
@@ -141,14 +141,14 @@ def test_a_table_for_people(found: Found) -> None:
 def test_what_it_says_of_other_ways(found: Found) -> None:
     text = shown(found)
     fast = [attrs.evolve(one, path="fast", plain=one.step * (2 + i)) for i, one in enumerate(found.timed)]
-    assert 'training.kernels = "reference" takes plain torch: steps take 2.0 to 7.0 times as long' in shown(
+    assert "training.kernels=reference takes plain torch: steps take 2.0 to 7.0 times as long" in shown(
         attrs.evolve(found, timed=fast)
     )
-    assert '"fast" changes nothing here' in text
+    assert "kernels=fast changes nothing here" in text
     looked = [attrs.evolve(one, path="fast", if_int8=None if one.d_sae > 600 else "few") for one in found.timed]
     text_of_int8 = shown(attrs.evolve(found, timed=looked))
-    assert 'training.kernels = "int8" (8 → 1,024) takes a first look in 8-bit integers' in text_of_int8
-    assert 'training.kernels = "int8" (16 → 512) is refused: few' in text_of_int8
+    assert "training.kernels=int8 (8 → 1,024) takes a first look in 8-bit integers" in text_of_int8
+    assert "training.kernels=int8 (16 → 512) is refused: few" in text_of_int8
     assert "not for fewer than 1024 features" in text or found.device != "cpu"
     if found.machine.triton is None:
         assert "not at work here: saekit:triton_topk needs triton, which is not installed" in text

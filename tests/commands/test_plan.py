@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from support.tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.runs import rehearsal
+from saekit.runs.timing import bytes_text
 
 
 def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
@@ -45,6 +47,37 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     assert found.facts["SAE step"] == "fast kernels, no first look in bfloat16: not for fewer than 1024 features"
     planned = saekit.plan(run_config(tmp_path, training={"autocast": True}))
     assert planned.facts["SAE step"] == "plain torch: autocast rounds its products"
+
+
+def test_the_verdict_is_said_once_before_batches_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What is said again, where that takes long, is what is being done."""
+    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", lambda *given: None)
+    config = run_config(tmp_path, training={"verbose": True})
+    found = saekit.plan(config, model=hooked_transformer())
+    said = capfd.readouterr().err.splitlines()
+    assert [line for line in said if "It fits" in line] == [f"counted so far: {found.verdict}"]
+    assert said[-1] == "trying a few batches ..."
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what the process has")
+def test_the_memory_of_the_process_is_that_of_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", lambda *given: None)
+    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e15))
+    found = saekit.plan(run_config(tmp_path), model=hooked_transformer())
+    whole, _, parts = found.facts["memory of the process"].removeprefix("about ").partition(": ")
+    assert whole == bytes_text(found.numbers["peak_bytes"])
+    assert parts.startswith(found.facts["memory on cpu"].partition(" (")[0] + " of memory on cpu, and ")
+    assert found.verdict.startswith(f"It fits: it needs about {whole} of memory on cpu (1,000 TB are free)")
+    tensors = found.numbers["memory_bytes"]
+    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 2 * tensors))
+    tight = saekit.plan(run_config(tmp_path), model=hooked_transformer())
+    assert tight.fits is True, "what this process has is free when it ends"
+
+
+def test_sizes_are_told_in_the_unit_that_they_are_rounded_to() -> None:
+    assert [bytes_text(size) for size in (999, 999_400, 999_600, 1e15)] == ["999 bytes", "999 kB", "1 MB", "1,000 TB"]
 
 
 def test_planning_changes_nothing(tmp_path: Path) -> None:

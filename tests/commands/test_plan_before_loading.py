@@ -106,7 +106,7 @@ def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
     assert found.facts["duration"] == "not measured: it does not fit"
     assert found.verdict.startswith("It does not fit on cpu: it needs about 71.")
     (warning,) = [text for text in found.warnings if "are needed on cpu" in text]
-    assert warning.endswith('16 GB are free: choose model.dtype = "bfloat16", or a smaller model')
+    assert warning.endswith("16 GB are free: choose model.dtype=bfloat16, or a smaller model")
 
 
 def test_what_fits_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

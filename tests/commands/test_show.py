@@ -149,14 +149,26 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert [path.partition(" (")[0] for path in rest(text, "pictures")] == [
         f"{folder}/summary.png", f"{folder}/summary.html"
     ]  # fmt: skip
-    assert rest(text, "next")[-1] == f"the best of it saekit show {folder}/0_l1=1"
+    assert rest(text, "next")[-2:] == [
+        f"compare them   saekit compare {folder}",
+        f"look at one    saekit show {folder}/0_l1=1  # the highest CE recovered, 0.966, at an L0 of 124.8, of "
+        "17.27 to 124.8: compare SAEs of one L0",
+    ]
     assert "l1_coefficient" in text
     assert shown(folder / "0_l1=1").startswith(f"{folder}/0_l1=1: finished\n")
     metrics = folder / "0_l1=1" / "metrics.jsonl"
     worse = [json.loads(line) for line in metrics.read_text().splitlines()]
     worse[-1]["evals/ce_recovered"] = -1.0
     metrics.write_text("".join(json.dumps(record) + "\n" for record in worse))
-    assert rest(shown(folder), "next")[-1] == f"the best of it saekit show {folder}/1_l1=9"
+    assert rest(shown(folder), "next")[-1].startswith(
+        f"look at one    saekit show {folder}/1_l1=9  # the highest CE recovered, "
+    )
+
+
+def test_of_saes_of_about_one_l0_nothing_is_added(tmp_path: Path) -> None:
+    points = {f"{n}": {"sae": {"l1_coefficient": 1.0 + n / 20}} for n in range(2)}
+    text = shown(write_sweep(tmp_path / "sweep", points))
+    assert rest(text, "next")[-1].endswith("/0  # the highest CE recovered, 0.966, at an L0 of 124.8")
 
 
 def test_a_saved_sae(tmp_path: Path) -> None:

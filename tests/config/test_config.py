@@ -139,7 +139,7 @@ def test_every_fault_is_reported_at_once_with_its_path() -> None:
     ("table", "path", "message"),
     [
         ({"sae": {"d_sae": 8, "expansion_factor": 2}}, "sae.expansion_factor", "not both"),
-        ({"sae": {"decoder_heuristic_init": True}}, "sae.decoder_heuristic_init", "normalize_sae_decoder = false"),
+        ({"sae": {"decoder_heuristic_init": True}}, "sae.decoder_heuristic_init", "sae.normalize_sae_decoder=false"),
         (
             {"sae": {"scale_sparsity_penalty_by_decoder_norm": True}},
             "sae.scale_sparsity_penalty_by_decoder_norm",

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import saekit
+from saekit.commands.terminal.arguments import source_of
 from saekit.config.files import dump_config, load_config, parse_grid
 from saekit.errors import ConfigError
 
@@ -109,6 +110,33 @@ def test_hostile_overrides(override: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told) as caught:
         load_config({}, [override])
     assert len(str(caught.value)) < 1500
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("training.lr", "^'training.lr' is not an override; write section.option=value"),
+        ("training.lr = 1e-4", "write it without spaces: training.lr=1e-4$"),
+        ("training.lr =1e-4", "write it without spaces: training.lr=1e-4$"),
+        ("training.lr= 1e-4", "'1e-4' is not an override; write it without spaces: training.lr=1e-4$"),
+        ("training.seed=3 training.lr = 1e-4 sae.d_sae=8", "write it without spaces: training.lr=1e-4$"),
+        ("training.lr =", "write it without spaces: training.lr=value$"),
+        ("training.lr sae.k=3", "^'training.lr' is not an override; write section.option=value"),
+    ],
+)
+def test_overrides_with_spaces(words: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        load_config({}, words.split())
+
+
+def test_overrides_with_spaces_where_there_is_no_file() -> None:
+    assert source_of("training.lr", ["=", "1e-4"]) == ({}, ["training.lr", "=", "1e-4"])
+    assert source_of("run.toml", ["training.lr", "=", "1e-4"])[0] == "run.toml"
+
+
+def test_a_section_that_is_begun_twice(tmp_path: Path) -> None:
+    found = problem(tmp_path, "run.toml", 'checkpoints.buffer = "recipe"\n[checkpoints]\nname = "x"\n')
+    assert found.endswith("A section is begun once: write all its options below one [section]")
 
 
 def test_hostile_objects() -> None:

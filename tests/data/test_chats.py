@@ -142,7 +142,7 @@ def test_a_column_that_holds_texts_is_named() -> None:
         DataError, match="column 'text' of the dataset holds str, and dataset.chat_template asks for con"
     ):
         corpus([{"text": "a"}], chat_template=True, column="text").contexts(BACKEND)
-    hint = r"Conversations, as in 'messages', become text with dataset\.chat_template = true"
+    hint = r"Conversations, as in 'messages', become text with dataset\.chat_template=true"
     with pytest.raises(DataError, match=hint):
         corpus(CHATS).contexts(BACKEND)
     with pytest.raises(DataError, match=hint):

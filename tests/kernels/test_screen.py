@@ -132,7 +132,8 @@ def test_why_there_is_no_screen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sae.step_path() == "fast kernels, a first look in int8"
     sae.kernels = "auto"
     assert sae.step_path() == (
-        'fast kernels, no first look in bfloat16: this CPU has no bfloat16 products; kernels = "int8" takes one in int8'
+        "fast kernels, no first look in bfloat16: this CPU has no bfloat16 products; "
+        "training.kernels=int8 takes one in int8"
     )
     monkeypatch.setattr(saekit.kernels.screen, "has_bfloat16_products", lambda: True)
     assert why(cpu, torch.float32, 4096) is None

@@ -130,7 +130,7 @@ def test_a_picture_that_fails_is_a_warning(tmp_path: Path, monkeypatch: pytest.M
     (told,) = [str(one.message) for one in caught if "worse than the mean" not in str(one.message)]
     assert told == (
         "a picture of the run was not drawn: curves.png: ZeroDivisionError: no axes. Nothing else is missing; "
-        "`saekit show --draw` tries again, and reports.pictures = false leaves them out"
+        "`saekit show --draw` tries again, and reports.pictures=false leaves them out"
     )
     assert result.pictures == (tmp_path / "run/curves.html",), "the other one is there"
     assert saekit.SAE.load(tmp_path / "run").d_sae == result.sae.d_sae

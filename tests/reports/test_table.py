@@ -9,10 +9,12 @@ import pytest
 from rich.console import Console
 from support.written import records, write_run, write_sweep
 
+import saekit
 from saekit.errors import PlaceError
 from saekit.reports import run_table
 from saekit.reports.folder import read_run
 from saekit.reports.sweep import summary_of
+from saekit.runs.record import RunRecord
 
 
 def shown(folder: Path, width: int = 100) -> list[str]:
@@ -92,3 +94,16 @@ def test_in_what_saes_differ_is_told_by_their_files(tmp_path: Path) -> None:
     for strange in ("name,x\na,1\n", "\0", "", "name,x\nother,1\nb,2\nc,3\n"):
         (folder / "summary.csv").write_text(strange)
         assert list(summary_of(read_run(folder)).options) == list(summary.options), "it is not of this sweep"
+
+
+def test_the_record_tells_in_what_the_saes_of_a_sweep_at_work_differ(tmp_path: Path) -> None:
+    plugins = saekit.default_manager()
+    saes = {"a": {"name": "topk"}, "b": {"name": "batchtopk", "k": 16}, "c": {"name": "jumprelu"}}
+    configs = {name: saekit.load_config({"sae": sae}, plugins=plugins) for name, sae in saes.items()}
+    RunRecord(tmp_path, {name: name for name in saes}).write(configs, plugins)
+    summary = summary_of(read_run(tmp_path))
+    assert dict(summary.options) == {"sae": "sae", "sae.k": "k"}
+    assert [row["sae.k"] for row in summary.rows] == [32, 16, None]
+    assert RunRecord.read(tmp_path).changed == ("sae", "sae.k")
+    RunRecord.note_checkpoint(tmp_path)
+    assert RunRecord.read(tmp_path).changed == ("sae", "sae.k")

@@ -186,7 +186,7 @@ def test_mostly_dead_features_are_told_with_numbers(tmp_path: Path, kind: str, m
     assert text.startswith(
         f"{dead} of 80 features ({dead / 80:.0%}) of the SAE at {EARLY.name} are dead at the end of training: they "
         f"have not fired in its last 20 steps of 200 tokens, on each of which {l0:.3g} features are active. What "
-        'helps: scale activations (activations.normalize_activations = "expected_average_only_in"), '
+        "helps: scale activations (activations.normalize_activations=expected_average_only_in), "
     )
     assert ("b_dec_init_method" in text) == (kind == "standard"), "what the run has already is no advice"
     assert text.endswith("train on more tokens (training.training_tokens), choose fewer features (sae.d_sae), or ask "

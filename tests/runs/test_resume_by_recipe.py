@@ -189,7 +189,7 @@ def test_the_plan_tells_both(tmp_path: Path) -> None:
         "as a recipe (as it is), and about 15 forwards to go on from it, "
         in found["recipe"].facts["buffer in checkpoints"]
     )
-    assert 'with checkpoints.buffer = "recipe"' in found["rows"].facts["buffer in checkpoints"]
+    assert "with checkpoints.buffer=recipe" in found["rows"].facts["buffer in checkpoints"]
     assert numbers["recipe_forwards"] == found["rows"].numbers["recipe_forwards"] == 15
     assert numbers["recipe_seconds"] > 0
     change = found["rows"].numbers["checkpoint_bytes"] - numbers["checkpoint_bytes"]

@@ -99,6 +99,20 @@ def test_of_another_architecture_only_what_was_chosen_names_the_folder() -> None
     assert alike == ["0_k=8", "1_k=32"], "a default is told where the plugin is the same"
 
 
+def test_of_another_architecture_only_what_was_chosen_is_told() -> None:
+    plugins = saekit.default_manager()
+
+    def told(*saes: Mapping[str, Any]) -> list[dict[str, Any]]:
+        return changed_options([saekit.load_config({"sae": dict(sae)}, plugins=plugins) for sae in saes], plugins)
+
+    kinds = ("topk", "batchtopk", "jumprelu")
+    assert told(*({"name": kind} for kind in kinds)) == [{"sae": f"saekit:{kind}"} for kind in kinds]
+    assert told({"name": "topk", "k": 8}, {"name": "batchtopk"}, {"name": "jumprelu"}) == [
+        {"sae": "saekit:topk", "sae.k": 8}, {"sae": "saekit:batchtopk", "sae.k": 32},
+        {"sae": "saekit:jumprelu", "sae.k": None},
+    ], "a default beside what is none"  # fmt: skip
+
+
 def test_no_option_is_cut_in_the_middle() -> None:
     many = {"l1_coefficient": 1.25, "l1_warm_up_steps": 12345, "noise_scale": 0.125, "decoder_orthogonal_init": True,
             "expansion_factor": 16, "apply_b_dec_to_input": False}  # fmt: skip

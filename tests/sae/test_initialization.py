@@ -66,7 +66,7 @@ def test_every_mix_of_initializations(decoder: str, transpose: bool, normalize: 
     if decoder != "kaiming":
         options[decoder] = True
     if normalize and decoder == "decoder_heuristic_init":
-        with pytest.raises(ConfigError, match=r"decoder_heuristic_init.*normalize_sae_decoder = false"):
+        with pytest.raises(ConfigError, match=r"decoder_heuristic_init.*normalize_sae_decoder=false"):
             random_sae(**options)
         return
     d_in, d_sae = 24, 90

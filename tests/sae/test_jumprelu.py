@@ -196,7 +196,7 @@ def test_options_that_do_not_fit() -> None:
         JumpReLUConfig(sparsity_loss="target_l0")
     with pytest.raises(ConfigError, match="target_l0: is the L of sparsity_loss"):
         JumpReLUConfig(target_l0=8.0)
-    with pytest.raises(ConfigError, match='tanh_scale: is the c of sparsity_loss = "tanh", and that is "l0": leave'):
+    with pytest.raises(ConfigError, match="tanh_scale: is the c of sparsity_loss=tanh, and that is 'l0': leave"):
         JumpReLUConfig(tanh_scale=3.0)
     with pytest.raises(ConfigError, match="k_aux: is for AuxK, and aux_loss_coefficient is 0: leave it out"):
         JumpReLUTranscoderConfig(k_aux=8, aux_loss_coefficient=0)

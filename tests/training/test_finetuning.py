@@ -228,7 +228,7 @@ def test_the_decoder_cannot_move_where_the_encoder_would(tmp_path: Path, sae: An
     config = fake_run(tmp_path, training={**TUNING, "finetuning_method": "decoder"})
     config.pop("sae")
     config |= {} if sae is None else {"sae": sae}
-    words = r"training.finetuning_method: is 'decoder'.*set sae.apply_b_dec_to_input = false, or choose another"
+    words = r"training.finetuning_method: is 'decoder'.*set sae.apply_b_dec_to_input=false, or choose another"
     with pytest.raises(ConfigError, match=words):
         train(config)
     assert not list(tmp_path.iterdir())

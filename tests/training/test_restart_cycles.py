@@ -61,6 +61,6 @@ def test_the_plan_says_that_a_cycle_is_cut_off(tmp_path: Path) -> None:
 
     assert warnings(n_restart_cycles=3) == [
         "lr_schedule: 3 cycles of 3 steps take 9 of 11 steps, and the last 2 begin one more, near the peak rate; "
-        "lr_schedule.fill = true shares all steps out"
+        "lr_schedule.fill=true shares all steps out"
     ]
     assert warnings(n_restart_cycles=3, fill=True) == warnings(n_restart_cycles=11) == warnings() == []

@@ -181,7 +181,7 @@ def _booted(causal_lm: Any, model: ModelConfig, tokenizer: Any, device: str) -> 
         except Exception as error:  # of the library, which knows some architectures and not others
             raise ModelError(
                 f"transformer_lens makes no bridge of {model.name!r}, a {type(causal_lm).__name__}: {reason(error)}. "
-                'model.backend = "AutoModelForCausalLM" takes any causal language model'
+                "model.backend=AutoModelForCausalLM takes any causal language model"
             ) from error
     bridge.cfg.model_name = model.name
     return bridge
@@ -195,8 +195,8 @@ def _make_compatible(bridge: Any, name: str, options: Mapping[str, bool]) -> Non
         except Exception as error:  # of the library, where an architecture's weights cannot be processed
             raise ModelError(
                 f"the weights of {name!r} cannot be processed as for a HookedTransformer: {reason(error)}. Take "
-                'model.backend = {name = "TransformerBridge", compatibility_mode = false}, whose hooks hold what the '
-                "model's own library computes"
+                "model.backend=TransformerBridge with model.backend.compatibility_mode=false, whose hooks hold what "
+                "the model's own library computes"
             ) from error
 
 

@@ -204,6 +204,6 @@ def _failure(error: Exception) -> ModelError:
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
     reason = next((line for line in lines if "error:" in line), lines[0] if lines else "")
     return ModelError(
-        f"the model cannot be compiled (model.compile): {type(cause).__name__}: {reason}. Set model.compile = false to "
+        f"the model cannot be compiled (model.compile): {type(cause).__name__}: {reason}. Set model.compile=false to "
         "run it as it is"
     )

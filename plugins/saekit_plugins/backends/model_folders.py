@@ -175,7 +175,7 @@ def check_causal_lm(config: Any, whole: TrainConfig | PretokenizeConfig) -> None
 def check_causal_lm_folder(name: str) -> None:
     folder = model_folder(name, {})
     if folder is not None and (folder / NATIVE_CONFIG).is_file():
-        raise ModelError(f'{name!r} is a model of transformer_lens; its backend is model.backend = "HookedTransformer"')
+        raise ModelError(f"{name!r} is a model of transformer_lens; its backend is model.backend=HookedTransformer")
 
 
 def load_causal_lm(model: ModelConfig, **options: Any) -> object:

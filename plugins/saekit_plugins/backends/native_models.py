@@ -60,8 +60,8 @@ def gpt2_config(options: Mapping[str, Any], what: str) -> Any:
     if wrong:
         raise ModelError(
             f"{what} has {', '.join(wrong)}, which GPT-2 has not, and saekit makes a bridge only of such "
-            "HookedTransformers as GPT-2 can compute. Use transformer_lens 3 with model.backend = "
-            "\"HookedTransformer\": pip install 'transformer-lens<4'"
+            "HookedTransformers as GPT-2 can compute. Use transformer_lens 3 with "
+            "model.backend=HookedTransformer: pip install 'transformer-lens<4'"
         )
     shape = {"d_mlp": 4 * options["d_model"], "eps": 1e-5} | dict(options) | {"n_heads": heads}
     known: dict[str, Any] = {theirs: shape[ours] for ours, theirs in _SHAPES.items()}

@@ -49,7 +49,7 @@ class NoModel:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise ModelError(f"this run has no language model (model.backend = 'none'), and so no {what}")
+    raise ModelError(f"this run has no language model (model.backend=none), and so no {what}")
 
 
 def _build(config: NoModelConfig, *, model: ModelConfig, loaded: object | None) -> NoModel:

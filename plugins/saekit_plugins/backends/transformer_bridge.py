@@ -70,7 +70,7 @@ class TransformerBridgeOptions:
             name for name in PROCESSING if getattr(self, name) != getattr(attrs.fields(type(self)), name).default
         ]
         if changed:
-            raise ConfigError([(name, "is for compatibility_mode = true") for name in changed])
+            raise ConfigError([(name, "is for model.backend.compatibility_mode=true") for name in changed])
 
     def processing(self) -> Processing | None:
         """That of compatibility mode; None: without it."""

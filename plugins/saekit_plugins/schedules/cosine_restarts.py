@@ -56,7 +56,7 @@ class CosineRestarts:
             return None
         return (
             f"lr_schedule: {self.cycles} cycles of {length:,} steps take {self.steps - left:,} of {self.steps:,} steps,"
-            f" and the last {left:,} begin one more, near the peak rate; lr_schedule.fill = true shares all steps out"
+            f" and the last {left:,} begin one more, near the peak rate; lr_schedule.fill=true shares all steps out"
         )
 
 

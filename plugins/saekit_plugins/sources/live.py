@@ -135,7 +135,7 @@ class LiveSource:
             buffered=config.n_batches_in_buffer,
             ahead=self._prefetched is not None,
             needed=config.ends_with_training,
-            needed_line='activations.source.refill = "needed"',
+            needed_line="activations.source.refill=needed",
             tokenizing=config.tokenize_processes,
             device=None if config.act_store_device == "with_model" else self._device,
             dtype=config.dtype,

@@ -141,7 +141,7 @@ def _precheck(config: ToySourceConfig, whole: TrainConfig) -> None:
     if not whole.model.backend.item.entry.no_model:
         raise ConfigError(
             [("model.backend", f"is '{whole.model.backend.key}', and activations.source is 'toy', whose activations "
-              "are no language model's; set model.backend = 'none', and evals.run = []")]
+              "are no language model's; set model.backend=none, and evals.run=[]")]
         )  # fmt: skip
 
 

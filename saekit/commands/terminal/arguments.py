@@ -50,7 +50,8 @@ def examples(lines: str) -> str:
 def source_of(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]:
     """What to load, and the overrides on top; ``a.b=value`` in the place of the file means that there is none."""
     given = overrides or []
-    no_file = "=" in config and not os.path.exists(config)  # noqa: PTH110 - pathlib would be imported for it alone
+    option = "=" in config or any(word.startswith("=") for word in given[:1])  # `a.b = value` is told to be one word
+    no_file = option and not os.path.exists(config)  # noqa: PTH110 - pathlib would be imported for it alone
     return ({}, [config, *given]) if no_file else (config, given)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections.abc import Iterable
 from typing import Annotated
 
 import typer
@@ -18,6 +20,11 @@ EXAMPLES = """
     saekit plan run.toml --measure
     saekit plan model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
 """
+
+
+def _advised(texts: Iterable[str]) -> str:
+    """The first option that ``texts`` say is to be written; empty if there is none."""
+    return next((found[1] for text in texts if (found := re.search(r"\bwrite ([\w.]+=[^\s,;:]+)", text))), "")
 
 
 def plan(
@@ -43,6 +50,7 @@ def plan(
 ) -> None:
     """Check a run without training, and say what it needs and how long it takes; exits with 2 if it could not run."""
     from saekit.commands import jobs, preflight
+    from saekit.config.files import in_a_file
     from saekit.plugins.manager import default_manager
     from saekit.process_age import process_age
 
@@ -63,6 +71,8 @@ def plan(
             typer.echo(f"{name:{width}}  {text}")
         for text in found.warnings:
             typer.echo(f"warning: {text}")
+        if option := _advised([*found.facts.values(), *found.warnings]):
+            typer.echo(f"({option} goes on the command line as it stands; in a file it is {in_a_file(option)})")
         for text in found.problems[len(early) :]:
             typer.echo(f"problem: {text}")
         typer.echo(found.verdict)

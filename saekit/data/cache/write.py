@@ -333,7 +333,7 @@ class _TensorFile:
         if self._dtype == torch.float16 and kept.isinf().any() and not values.isinf().any():
             raise DataError(
                 f"{self.path.stem} has activations as large as {values.abs().max():,.0f}, which float16 cannot hold: "
-                'choose activations.cache.dtype = "bfloat16"'
+                "choose activations.cache.dtype=bfloat16"
             )
         self._file.put_tensor(kept)
         self._bytes += kept.nbytes

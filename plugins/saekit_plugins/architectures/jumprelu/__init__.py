@@ -75,10 +75,10 @@ class JumpReLUConfig(SAEConfig):
         super().__attrs_post_init__()
         check_decay(self, "l0")
         if (self.target_l0 is not None) != (self.sparsity_loss == "target_l0"):
-            raise ConfigError([("target_l0", 'is the L of sparsity_loss = "target_l0": give both, or neither')])
+            raise ConfigError([("target_l0", "is the L of sparsity_loss=target_l0: give both, or neither")])
         if self.sparsity_loss != "tanh" and self.tanh_scale != attrs.fields(JumpReLUConfig).tanh_scale.default:
             raise ConfigError(
-                [("tanh_scale", f'is the c of sparsity_loss = "tanh", and that is "{self.sparsity_loss}": leave it '
+                [("tanh_scale", f"is the c of sparsity_loss=tanh, and that is {self.sparsity_loss!r}: leave it "
                   "out")]
             )  # fmt: skip
         if self.k_aux is not None and not self.aux_loss_coefficient:

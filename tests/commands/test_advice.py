@@ -1,0 +1,73 @@
+"""What messages say is to be written is taken as it stands."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import saekit_plugins
+
+import saekit
+from saekit.commands import jobs
+from saekit.commands.terminal.plan import plan
+from saekit.config.files import in_a_file, load_config
+from saekit.runs.planned import Plan
+
+PLACES = [Path(module.__file__ or "").parent for module in (saekit, saekit_plugins)]
+SPACED = re.compile(r"\b[a-z_]+(\.[a-z_]+)+ = (\"|'|true|false|\[|\{|\d)")
+
+
+def _messages(path: Path) -> list[str]:
+    """The texts in a file that are no docstrings, those that are joined as one."""
+    if not SPACED.search(text := path.read_text(encoding="utf-8")):  # most: to parse them all takes seconds
+        return []
+    nodes = list(ast.walk(ast.parse(text)))
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    texts = []
+    for node in nodes:
+        if not isinstance(node, (ast.Constant, ast.JoinedStr)) or id(node) in docs:
+            continue
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+        texts.append("".join(str(part.value) if isinstance(part, ast.Constant) else "_" for part in parts))
+    return texts
+
+
+def test_options_in_messages_have_no_spaces() -> None:
+    """A shell would make three words of ``a.b = c``."""
+    assert SPACED.search('write activations.source.refill = "needed"')
+    wrong = {
+        f"{path.name}: {text}"
+        for place in PLACES
+        for path in place.rglob("*.py")
+        for text in _messages(path)
+        if SPACED.search(text)
+    }
+    assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("activations.source.refill=needed", 'refill = "needed" below [activations.source]'),
+        ("model.backend.fused=true", "fused = true below [model.backend]"),
+        ("evals.run=[]", "run = [] below [evals]"),
+    ],
+)
+def test_where_an_option_goes_in_a_file(tmp_path: Path, override: str, told: str) -> None:
+    assert in_a_file(override) == told
+    line, _, section = told.partition(" below ")
+    (tmp_path / "run.toml").write_text(f"{section}\n{line}\n")
+    assert load_config(tmp_path / "run.toml") == load_config({}, [override]) != load_config({})
+
+
+def test_a_plan_says_where_its_advice_goes(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from saekit.commands import preflight
+
+    advised = Plan({"forwards": "12; Without the others: write activations.source.refill=needed; the last"}, {}, [], [])
+    monkeypatch.setattr(jobs, "plan_after", lambda *given, **options: advised)
+    monkeypatch.setattr(preflight, "of_training", lambda *given: SimpleNamespace(texts=[]))
+    plan("training.seed=1", as_json=False, load=True, measure=False)
+    assert 'in a file it is refill = "needed" below [activations.source])' in capsys.readouterr().out

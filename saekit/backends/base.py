@@ -111,6 +111,8 @@ class Backend(ABC):
         start: tuple[str, Tensor] | None = None,
     ) -> Forward:
         """A forward from the tokens, or from the hook ``start`` and what it holds."""
+        import torch
+
         if not hasattr(tokens, "contiguous"):
             raise ModelError(
                 f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
@@ -119,7 +121,9 @@ class Backend(ABC):
         read = [read] if isinstance(read, str) else read
         if want not in get_args(Want):
             raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
-        tokens = sent(self.device, tokens).contiguous()  # models take views of them
+        with torch.inference_mode(False):
+            tokens = sent(self.device, tokens).contiguous()  # models take views of them
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # gradients of embeddings keep them
         attached = [one for one, _ in self._attached]
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
         if hooks.done:
@@ -149,7 +153,9 @@ class Backend(ABC):
         if torch.amp.is_autocast_available(kind):  # not on the meta device, where models are outlined
             # A copy of the weights that autocast kept beyond this forward could not be trained on.
             rounded = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
-        with torch.inference_mode(not grad), torch.set_grad_enabled(grad), rounded:
+        # Not inference mode, which is hardly faster: of what is made there nobody may learn, nor write to it.  Where the
+        # caller is in it, what is made here is ordinary all the same.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), rounded:
             yield
 
     @contextmanager

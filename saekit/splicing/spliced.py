@@ -296,8 +296,10 @@ class Spliced:
 
 
 def _followed(value: Tensor, grad: bool) -> Tensor:
-    """``value``, which keeps its gradient if ``grad``."""
-    if not grad or value.is_inference() or not value.is_floating_point():
+    """``value``, which keeps its gradient if ``grad``, and has none else."""
+    if not grad:
+        return value.detach() if value.requires_grad else value
+    if value.is_inference() or not value.is_floating_point():  # the caller's forward, or ids
         return value
     if value.requires_grad:
         value.retain_grad()

@@ -42,6 +42,7 @@ def test_each_check_finds_its_fault(kind: str, check: str, tmp_path: Path, monke
         (backends.Sidling, "other_forwards", None),
         (backends.Unwritten, "other_forwards", "'model.backend.aside=true', expected model.backend.value="),
         (backends.Sticking, "other_forwards", "the loss after model.backend.value=1: other numbers"),
+        (backends.Inferring, "grad", "without grad, a forward gives inference tensors, which nothing that learns"),
         (backends.Unheard, "exposes_hooks", "what the model's add_hook put at '.*' is not at the point there"),
         (backends.Contrary, "states_processing", r"processing\('hook_embed'\) says \['fold_ln'\] otherwise than"),
         (backends.Blind, "states_processing", r"of an SAE of this very model, processing\(\) lacks \['center_wr"),

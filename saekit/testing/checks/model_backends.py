@@ -266,14 +266,18 @@ def near_names(subject: Subject) -> None:
 
 @CHECKS.add
 def grad(subject: Subject) -> None:
-    """Without ``grad`` nothing is recorded; with it, logits are differentiable by what was read, as small changes
-    say."""
+    """Without ``grad`` nothing is recorded, and what is given are ordinary tensors; with it, logits are differentiable
+    by what was read, as small changes say."""
     import torch
 
     tried = Tried.of(subject)
     name = tried.hooks[-1]
     plain = tried.backend.run(tried.tokens, read={name}, want="logits")
     must(not plain.logits.requires_grad and not plain.held[name].requires_grad, "without grad, gradients are recorded")
+    must(
+        not plain.logits.is_inference() and not plain.held[name].is_inference(),
+        "without grad, a forward gives inference tensors, which nothing that learns can take: use torch.no_grad()",
+    )
     found = tried.backend.run(tried.tokens, read={name}, want="logits", grad=True)
     weights = torch.randn(found.logits.shape, generator=seeded(1)).to(found.logits)
     try:

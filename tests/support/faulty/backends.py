@@ -90,6 +90,15 @@ class Recording(FakeBackend):
         return super().run(tokens, grad=True, **how)
 
 
+class Inferring(FakeBackend):
+    """What it gives can take part in no gradient."""
+
+    @contextmanager
+    def running(self, tokens: Tensor, *, grad: bool) -> Iterator[None]:
+        with super().running(tokens, grad=grad), torch.inference_mode(not grad):
+            yield
+
+
 class Picky(FakeBackend):
     def run(self, tokens: Tensor, **how: Any) -> Forward:
         if tokens.dtype != torch.long:

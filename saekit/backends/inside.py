@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.base import Backend
 from saekit.errors import ModelError
 from saekit.values import Forward, Replacement, Want
@@ -46,11 +47,13 @@ class InsideBackend(Backend):
 
         read = [read] if isinstance(read, str) else read
         self._check_entry(entry, {*read, *(replace or ())})
+        tokens = checked_tokens(tokens, self)
         if value.shape[:2] != tokens.shape:
             raise ModelError(
                 f"what {entry!r} holds must be of the same tokens: [{', '.join(map(str, tokens.shape))}, ...], found "
                 f"the shape {list(value.shape)}"
             )
+        check_asked(read, replace, want, names="model.hook_names()")
         with torch.inference_mode(False):
             value = value.to(self.device)
             if value.is_inference():  # of the caller's, which no gradient may go through

@@ -115,7 +115,6 @@ def early_stop(subject: Subject) -> None:
         )
     whole = tried.backend.run(tried.tokens, read={first}, want="logits").held[first]
     must_agree(f"what {first!r} holds in a forward that ends early", early, whole, _CLOSE)
-    must(not tried.backend.run(tried.tokens).held, "a forward that reads nothing holds something")
 
 
 @CHECKS.add
@@ -228,15 +227,27 @@ def nothing_left(subject: Subject) -> None:
 
 @CHECKS.add
 def refusals(subject: Subject) -> None:
-    """A hook that is not there, and a replacement of another shape, are a :class:`saekit.errors.ModelError`."""
+    """What no forward can be made of is a :class:`saekit.errors.ModelError`: a hook that is not there, a replacement of
+    another shape, tokens that are not ids ``[b, t]`` of the model, and a forward of which nothing is wanted."""
     tried = Tried.of(subject)
     cases: dict[str, dict[str, Any]] = {
         "a hook that is not there": {"read": {"no.such.hook"}},
         "a replacement of another shape": {"replace": {tried.hooks[0]: lambda x: x[..., :1]}, "want": "logits"},
+        "a forward of which nothing is wanted": {},
+        "a replacement of which nothing would be seen": {"replace": {tried.hooks[0]: lambda x: x}},
     }
-    for what, how in cases.items():
+    odd = {
+        "tokens without a batch": tried.tokens[0],
+        "tokens that are no whole numbers": tried.tokens.float(),
+        "a token below 0": tried.tokens - tried.tokens.max() - 1,
+        "a token beyond the vocabulary": tried.tokens + tried.backend.d_vocab,
+    }
+    if (most := tried.backend.n_ctx) is not None:
+        odd["a context that is too long"] = tried.tokens[:1, :1].expand(1, most + 1)
+    given = [(what, tried.tokens, how) for what, how in cases.items()]
+    for what, tokens, how in [*given, *((what, tokens, {"want": "loss"}) for what, tokens in odd.items())]:
         try:
-            tried.backend.run(tried.tokens, **how)
+            tried.backend.run(tokens, **how)
         except ModelError:
             continue
         except Exception as error:

@@ -106,6 +106,27 @@ class Picky(FakeBackend):
         return super().run(tokens, **how)
 
 
+class Lenient(FakeBackend):
+    """Takes tokens without a batch, as its library does."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens if tokens.ndim > 1 else tokens[None], **how)
+
+
+class Wrapping(FakeBackend):
+    """Takes ids below 0, as indices of torch are."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens if tokens.ndim < 2 or tokens.is_floating_point() else tokens % 128, **how)
+
+
+class Idle(FakeBackend):
+    """Where nothing is asked for, nothing happens."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens, **how) if {"want", "read"} & {*how} else Forward({})
+
+
 class Marking(FakeBackend):
     def tokenize(self, text: str) -> list[int]:
         return [0, *super().tokenize(text)]

@@ -68,11 +68,16 @@ class ModelBackend(Protocol):
 
         It holds what the hooks of ``read`` hold, before anything is put in its place; at those of ``replace`` the model
         goes on with what the function returns, which is of the same shape.  ``want`` is ``"loss"`` or ``"logits"``
-        where one of these is needed; else the forward stops after the last hook that is read.
+        where one of these is needed; else the forward stops after the last hook that is read.  Where nothing is read
+        either, none would run: an error.
 
         Nothing is recorded for autograd, unless ``grad``: then loss and logits are differentiable by what was read, by
-        what the functions use, and by those of the model's parameters that learn.  :class:`saekit.errors.ModelError`
-        for a hook that the model lacks, or that does not run.
+        what the functions use, and by those of the model's parameters that learn.  What comes without it are ordinary
+        tensors that have no gradient.
+
+        :class:`saekit.errors.ModelError` for a hook that the model lacks, or that does not run; for tokens that are not
+        whole numbers ``[b, t]``, or longer than :attr:`n_ctx`; and for ids that are none of its :attr:`d_vocab`, unless
+        they are on a GPU, which would be waited for.
         """
 
     def unembedding(self) -> tuple[Tensor, Tensor | None]:

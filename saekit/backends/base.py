@@ -5,15 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 from saekit.abilities import OnTokens, TranslatesHooks
+from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.forward import Hooks, next_token_loss
 from saekit.backends.loading import attached_to
 from saekit.backends.texts import to_tokens
 from saekit.devices import sent
 from saekit.errors import ModelError
-from saekit.plugins.text import short
 from saekit.reasons import alike
 from saekit.values import Forward, Replacement, Want
 
@@ -108,7 +108,9 @@ class Backend(ABC):
         grad: bool = False,
     ) -> Forward:
         """See :meth:`saekit.protocols.ModelBackend.run`."""
-        return self._run(tokens, read, replace, want, grad)
+        read = [read] if isinstance(read, str) else read
+        check_asked(read, replace, want, names="model.hook_names()")
+        return self._run(checked_tokens(tokens, self), read, replace, want, grad)
 
     def _run(
         self,
@@ -120,19 +122,13 @@ class Backend(ABC):
         start: tuple[str, Tensor] | None = None,
     ) -> Forward:
         """A forward from the tokens, or from the hook ``start`` and what it holds."""
-        if not hasattr(tokens, "contiguous"):
-            raise ModelError(
-                f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
-                "torch.tensor([model.tokenize(text)])"
-            )
-        read = [read] if isinstance(read, str) else read
-        if want not in get_args(Want):
-            raise ValueError(f"want must be one of {', '.join(map(repr, get_args(Want)))}, found {want!r}")
-        tokens = sent(self.device, tokens).contiguous()  # models take views of them
+        import torch
+
+        with torch.inference_mode(False):
+            tokens = sent(self.device, tokens).contiguous()  # models take views of them
+            tokens = tokens.clone() if tokens.is_inference() else tokens  # gradients of embeddings keep them
         attached = [one for one, _ in self._attached]
         hooks = Hooks(read, replace or {}, tokens=tokens, want=want, grad=grad, attached=attached, start=start)
-        if hooks.done:
-            return Forward({})
         with self.running(tokens, grad=grad), ExitStack() as ends:
             for _, on_tokens in self._attached:
                 if on_tokens is not None and (ended := on_tokens(tokens, 0)) is not None:
@@ -158,7 +154,9 @@ class Backend(ABC):
         if torch.amp.is_autocast_available(kind):  # not on the meta device, where models are outlined
             # A copy of the weights that autocast kept beyond this forward could not be trained on.
             rounded = torch.autocast(kind, dtype=torch.bfloat16, enabled=self.autocast, cache_enabled=False)
-        with torch.inference_mode(not grad), torch.set_grad_enabled(grad), rounded:
+        # Not inference mode, which is hardly faster: of what is made there nobody may learn, nor write to it.  What is
+        # made here is ordinary where the caller is in it, too.
+        with torch.inference_mode(False), torch.set_grad_enabled(grad), rounded:
             yield
 
     @contextmanager

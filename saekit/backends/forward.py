@@ -83,9 +83,12 @@ class Hooks:
         for one in attached:
             value = put(name, value, one)
         if name in self.read and name not in self.held:
+            if value.is_inference():  # a view of weights that were made in inference mode
+                value = value.clone()
             if self._grad and not value.requires_grad and value.is_floating_point():
                 value.requires_grad_()  # where the weights do not learn, gradients begin here
-            self.held[name] = value
+            # A parameter itself learns without a graph, too.
+            self.held[name] = value if self._grad or not value.requires_grad else value.detach()
         if (replacement := self.replace.get(name)) is not None:
             value = put(name, value, replacement)
         return value if value.shape == activation.shape else value.reshape(activation.shape)

@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.base import Backend
 from saekit.errors import ModelError
 from saekit.values import Forward, Replacement, Want
@@ -42,17 +43,23 @@ class InsideBackend(Backend):
 
         :class:`saekit.errors.ModelError` where no forward can begin at ``entry``, and for a hook that runs before it.
         """
+        import torch
+
         read = [read] if isinstance(read, str) else read
         self._check_entry(entry, {*read, *(replace or ())})
+        tokens = checked_tokens(tokens, self)
         if value.shape[:2] != tokens.shape:
             raise ModelError(
                 f"what {entry!r} holds must be of the same tokens: [{', '.join(map(str, tokens.shape))}, ...], found "
                 f"the shape {list(value.shape)}"
             )
-        value = value.to(self.device)
-        if grad and not value.requires_grad:
-            # Gradients may begin here, and what a forward without them has held could not have any.
-            value = value.clone() if value.is_inference() else value.detach()
+        check_asked(read, replace, want, names="model.hook_names()")
+        with torch.inference_mode(False):
+            value = value.to(self.device)
+            if value.is_inference():  # of the caller's, which no gradient may go through
+                value = value.clone()
+            if grad and not value.requires_grad:
+                value = value.detach()  # gradients may begin here, and the caller's own stays as it is
         return self._run(tokens, read, replace, want, grad, (entry, value))
 
     def _check_entry(self, entry: str, hooks: Collection[str]) -> None:

@@ -198,13 +198,13 @@ class Material:
     # ---- contexts
 
     def _given(self, backend: ModelBackend) -> Tensor:
+        from saekit.backends.asked import odd_tokens
         from saekit.evals.measured import checked_contexts
 
         contexts = checked_contexts(self.text.contexts)
-        if not contexts.numel() or int(contexts.min()) < 0 or int(contexts.max()) >= backend.d_vocab:
-            raise ConfigError(
-                [("contexts", f"must be token ids from 0 to {backend.d_vocab - 1:,} of {backend.name!r}")]
-            )
+        odd = odd_tokens(contexts.cpu(), backend) if len(contexts) else "there is none"
+        if odd is not None:
+            raise ConfigError([("contexts", f"must be token ids of {backend.name!r}, [n, context_size]: {odd}")])
         return contexts
 
     def _read(

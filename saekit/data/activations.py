@@ -156,10 +156,10 @@ class ActivationStream:
             if kept is not None:  # before they are moved or made of another type
                 left = kept.flatten().nonzero()[:, 0]
                 rows = {site: values[sent(values.device, left)] for site, values in rows.items()}
-            return {site: self._kept(values) for site, values in rows.items()}
+            return {site: self._kept(values, own=kept is not None) for site, values in rows.items()}
 
-    def _kept(self, values: Tensor) -> Tensor:
-        """``values`` where and as they are handed out; an ordinary tensor, which training may use."""
+    def _kept(self, values: Tensor, *, own: bool) -> Tensor:
+        """``values`` where and as they are handed out, in memory of their own, which those that are ``own`` have."""
         kept = values if self._dtype is None else values.to(self._dtype)
         rounded = self._dtype == torch.float16 != values.dtype
         if rounded and kept.isinf().any() and not values.isinf().any():  # on a GPU, this is waited for
@@ -167,7 +167,8 @@ class ActivationStream:
                 f"activations are as large as {values.abs().max():,.0f}, which float16 cannot hold: choose bfloat16"
             )
         kept = kept if self._device is None else sent(self._device, kept)
-        return kept.clone() if kept.is_inference() else kept
+        # A view would keep what the model holds, of other heads, too, and its next forward may write there.
+        return kept.clone() if kept is values and not own else kept
 
     def _halve(self, at_once: int, error: BaseException) -> None:
         """After a forward of so many contexts."""

@@ -58,7 +58,8 @@ class Forwards:
     ) -> Self:
         """Run the model as it is, and read the hooks of ``read``, and the ``entries`` that other forwards begin at."""
         hooks = {*read, *(entry for entry in entries.values() if entry is not None)}
-        run = backend.run(tokens, read=hooks, want=_want(needs))
+        # Of an eval that reads neither the model nor an SAE, nothing runs.
+        run = backend.run(tokens, read=hooks, want=_want(needs)) if hooks or needs.model else Forward({})
         if not needs.model:
             return cls(backend, tokens, needs, run.held, None, entries)
         if not needs.by_logits:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks, HasModel
+from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.base import no_hook
 from saekit.backends.forward import put
 from saekit.backends.replacing import Replacing, replacement_of, replacements_of
@@ -69,7 +70,7 @@ class Spliced:
         self._of = {name: one for one in self.attachments for name in one.points}
         self._interventions: list[Intervention] = []
         self._exposed: Mapping[str, ExposedPoint] = {}
-        self._held: dict[str, Tensor] = {}
+        self._held = _Held()
         self._now = threading.local()
         self._is_open, self._has_looked = False, False
         self._read = frozenset([read] if isinstance(read, str) else read)
@@ -104,7 +105,7 @@ class Spliced:
 
     @property
     def held(self) -> Mapping[str, Tensor]:
-        """What the inner points named by ``read`` of :func:`saekit.splice` held in the last forward."""
+        """What the inner points named by ``read`` of :func:`saekit.splice` held in the last forward, as far as it came."""
         return self._held
 
     @contextmanager
@@ -165,6 +166,9 @@ class Spliced:
 
         A hook of the model's own holds what the SAEs there have left.  What is put at hooks is as for :meth:`hook`.
 
+        The forward goes as far as what is read, here or in every forward (``read`` of :func:`saekit.splice`), and as
+        where functions were put by :meth:`hook`; :class:`ModelError` where all that is nothing.
+
         With ``grad``, loss and logits are differentiable by what was read, at inner points, too:
         ``torch.autograd.grad`` finds it, and ``backward`` leaves it in ``.grad``.  That is so where gradients are off
         (``torch.set_grad_enabled(False)``), too; what is computed of loss and logits there, such as
@@ -177,7 +181,9 @@ class Spliced:
             self._check_runs(name)
         asked = _Asked(frozenset(inner) & {*read}, {name: put_there.pop(name) for name in inner & {*put_there}}, grad)
         # The forward goes as far as where the points are.
-        outer = {name for name in read if name not in inner} | {self._of[name].written_at[0] for name in asked.read}
+        points = asked.read | self._watched()
+        outer = {name for name in read if name not in inner} | {self._of[name].written_at[0] for name in points}
+        check_asked(outer, replace, want, names="spliced.names, and those of the model, spliced.backend.hook_names(),")
         with self._asking(asked):
             if isinstance(self.backend, AttachesHooks):
                 forward = self.backend.run(tokens, read=outer, replace=put_there, want=want, grad=grad)
@@ -212,7 +218,7 @@ class Spliced:
 
             return replaced
 
-        self._begin(tokens, 0)
+        self._begin(checked_tokens(tokens, self.backend), 0)
         # A forward that only reads may stop before anything is put where it reads last.
         whole: Want = "logits" if want == "held" and not hooks.keys().isdisjoint(read) else want
         composed = {**replace, **{hook: at(hook) for hook in hooks}}
@@ -224,6 +230,7 @@ class Spliced:
         """A forward begins; what is returned ends it, and then no tokens are known but those of one around it."""
         if not self._has_looked and tokens is not None and not before:
             self._look_at(tokens)
+        self._held = _Held()
         around: Passing | None = getattr(self._now, "passing", None)
         self._now.passing = Passing(tokens, before)
         return functools.partial(setattr, self._now, "passing", around)
@@ -249,14 +256,18 @@ class Spliced:
 
     def _watch(self, one: Attachment) -> Watch:
         asked: _Asked = getattr(self._now, "asked", _Asked())
-        wanted = {*self._read, *asked.read, *asked.replace} | {made.name for made in self._interventions}
-        wanted |= {name for name, point in self._exposed.items() if point.is_hooked}
+        wanted = {*asked.read, *asked.replace} | self._watched()
         points = {point: name for name, point in one.points.items() if name in wanted}
 
         def seen(point: str, value: Tensor) -> Tensor:
             return self._seen(points[point], value, asked)
 
         return Watch(frozenset(points), seen)
+
+    def _watched(self) -> set[str]:
+        """The inner points at which something happens in every forward."""
+        hooked = {name for name, point in self._exposed.items() if point.is_hooked}
+        return {*self._read} | {made.name for made in self._interventions} | hooked
 
     def _seen(self, name: str, value: Tensor, asked: _Asked) -> Tensor:
         """What the inner point ``name`` goes on with."""
@@ -295,9 +306,21 @@ class Spliced:
                 raise no_hook(self.backend, hook)
 
 
+class _Held(dict[str, Tensor]):
+    """What points held, which says of another why it is not there."""
+
+    def __missing__(self, name: str) -> Tensor:
+        raise ModelError(
+            f"spliced.held has no {name!r}: it has the points that saekit.splice(..., read=[...]) names, as far as the "
+            f"last forward came to them, {', '.join(map(repr, self)) or 'which is none'}"
+        )
+
+
 def _followed(value: Tensor, grad: bool) -> Tensor:
-    """``value``, which keeps its gradient if ``grad``."""
-    if not grad or value.is_inference() or not value.is_floating_point():
+    """``value``, which keeps its gradient if ``grad``, and has none else."""
+    if not grad:
+        return value.detach() if value.requires_grad else value
+    if value.is_inference() or not value.is_floating_point():  # the caller's forward, or ids
         return value
     if value.requires_grad:
         value.retain_grad()

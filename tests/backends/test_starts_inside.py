@@ -143,7 +143,6 @@ def test_a_forward_from_inside_ends_early_too(kind: str) -> None:
         assert ran == [1]
         ran.clear()
         assert torch.equal(found.run_from(TOKENS, entry, whole[entry], read={entry}).held[entry], whole[entry])
-        assert found.run_from(TOKENS, entry, whole[entry]).held == {}
         assert ran == []
     assert torch.equal(begun[hook], whole[hook])
 

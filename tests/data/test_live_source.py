@@ -357,6 +357,22 @@ def test_the_stages_hand_out_ordinary_tensors() -> None:
     assert weight.grad is not None
 
 
+def test_rows_are_no_view_of_what_the_model_holds() -> None:
+    """Which keeps other heads in memory, and which its next forward may write over."""
+    given: list[Tensor] = []
+
+    class Watched(FakeBackend):
+        def run(self, tokens: Tensor, **options: Any) -> Forward:
+            given.append((found := super().run(tokens, **options)).held[OTHER.hook_name])
+            return found
+
+    (rows,) = next(ActivationStream(stream_of(Watched(), sites=[OTHER]), 4)).activations.values()
+    expected = rows.clone()
+    given[0].zero_()
+    assert torch.equal(rows, expected)
+    assert rows.untyped_storage().nbytes() == rows.nbytes
+
+
 def test_float16_that_overflows_is_an_error() -> None:
     backend = FakeBackend()
     backend._weights = backend._embedding() * 1e5

@@ -178,8 +178,10 @@ def test_an_sae_of_nobody_knows_where_it_belongs_or_is_told() -> None:
         ConfigError, match=r"contexts: must be token ids \[n, context_size\], whole numbers; found \[4\]"
     ):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts[:, 0])
-    with pytest.raises(ConfigError, match="contexts: must be token ids from 0 to 127 of 'fake'"):
+    with pytest.raises(ConfigError, match=r"contexts: must be token ids of 'fake'.* 0 to 127"):
         evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts + 100)
+    with pytest.raises(ConfigError, match=r"contexts: must be .*: contexts of 72 tokens are too long: .* at most 64"):
+        evaluated(sae, model=FakeBackend(), site=SITE, contexts=contexts.repeat(1, 6))
     with pytest.raises(ConfigError, match="mask: must be a function of tokens"):
         evaluated(sae, model=FakeBackend(), site=SITE, mask=contexts > 3)
     with pytest.raises(ConfigError, match="saes: must be an SAE, .* found 3"):

@@ -115,7 +115,6 @@ def early_stop(subject: Subject) -> None:
         )
     whole = tried.backend.run(tried.tokens, read={first}, want="logits").held[first]
     must_agree(f"what {first!r} holds in a forward that ends early", early, whole, _CLOSE)
-    must(not tried.backend.run(tried.tokens).held, "a forward that reads nothing holds something")
 
 
 @CHECKS.add
@@ -228,15 +227,27 @@ def nothing_left(subject: Subject) -> None:
 
 @CHECKS.add
 def refusals(subject: Subject) -> None:
-    """A hook that is not there, and a replacement of another shape, are a :class:`saekit.errors.ModelError`."""
+    """What no forward can be made of is a :class:`saekit.errors.ModelError`: a hook that is not there, a replacement of
+    another shape, tokens that are not ids ``[b, t]`` of the model, and a forward of which nothing is wanted."""
     tried = Tried.of(subject)
     cases: dict[str, dict[str, Any]] = {
         "a hook that is not there": {"read": {"no.such.hook"}},
         "a replacement of another shape": {"replace": {tried.hooks[0]: lambda x: x[..., :1]}, "want": "logits"},
+        "a forward of which nothing is wanted": {},
+        "a replacement of which nothing would be seen": {"replace": {tried.hooks[0]: lambda x: x}},
     }
-    for what, how in cases.items():
+    odd = {
+        "tokens without a batch": tried.tokens[0],
+        "tokens that are no whole numbers": tried.tokens.float(),
+        "a token below 0": tried.tokens - tried.tokens.max() - 1,
+        "a token beyond the vocabulary": tried.tokens + tried.backend.d_vocab,
+    }
+    if (most := tried.backend.n_ctx) is not None:
+        odd["a context that is too long"] = tried.tokens[:1, :1].expand(1, most + 1)
+    given = [(what, tried.tokens, how) for what, how in cases.items()]
+    for what, tokens, how in [*given, *((what, tokens, {"want": "loss"}) for what, tokens in odd.items())]:
         try:
-            tried.backend.run(tried.tokens, **how)
+            tried.backend.run(tokens, **how)
         except ModelError:
             continue
         except Exception as error:
@@ -266,14 +277,18 @@ def near_names(subject: Subject) -> None:
 
 @CHECKS.add
 def grad(subject: Subject) -> None:
-    """Without ``grad`` nothing is recorded; with it, logits are differentiable by what was read, as small changes
-    say."""
+    """Without ``grad`` nothing is recorded, and what is given are ordinary tensors; with it, logits are differentiable
+    by what was read, as small changes say."""
     import torch
 
     tried = Tried.of(subject)
     name = tried.hooks[-1]
     plain = tried.backend.run(tried.tokens, read={name}, want="logits")
     must(not plain.logits.requires_grad and not plain.held[name].requires_grad, "without grad, gradients are recorded")
+    must(
+        not plain.logits.is_inference() and not plain.held[name].is_inference(),
+        "without grad, a forward gives inference tensors, which nothing that learns can take: use torch.no_grad()",
+    )
     found = tried.backend.run(tried.tokens, read={name}, want="logits", grad=True)
     weights = torch.randn(found.logits.shape, generator=seeded(1)).to(found.logits)
     try:

@@ -90,11 +90,41 @@ class Recording(FakeBackend):
         return super().run(tokens, grad=True, **how)
 
 
+class Inferring(FakeBackend):
+    """What it gives can take part in no gradient."""
+
+    @contextmanager
+    def running(self, tokens: Tensor, *, grad: bool) -> Iterator[None]:
+        with super().running(tokens, grad=grad), torch.inference_mode(not grad):
+            yield
+
+
 class Picky(FakeBackend):
     def run(self, tokens: Tensor, **how: Any) -> Forward:
         if tokens.dtype != torch.long:
             raise TypeError("tokens must be of 64 bits")
         return super().run(tokens, **how)
+
+
+class Lenient(FakeBackend):
+    """Takes tokens without a batch, as its library does."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens if tokens.ndim > 1 else tokens[None], **how)
+
+
+class Wrapping(FakeBackend):
+    """Takes ids below 0, as indices of torch are."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens if tokens.ndim < 2 or tokens.is_floating_point() else tokens % 128, **how)
+
+
+class Idle(FakeBackend):
+    """Where nothing is asked for, nothing happens."""
+
+    def run(self, tokens: Tensor, **how: Any) -> Forward:
+        return super().run(tokens, **how) if {"want", "read"} & {*how} else Forward({})
 
 
 class Marking(FakeBackend):

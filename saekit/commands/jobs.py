@@ -96,10 +96,11 @@ def resume(
     plugins: PluginManager | None = None,
     model: object | None = None,
     dataset: object | None = None,
-) -> TrainResult | SweepResult:
+) -> TrainResult | Any:
     """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
 
-    A run that was stopped before its first checkpoint begins anew, with a warning.
+    A run that was stopped before its first checkpoint begins anew, with a warning.  Of a sweep's folder a
+    :class:`saekit.SweepResult` comes back.
 
     ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
     that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a

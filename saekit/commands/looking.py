@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.analysis.feature_texts import TopTexts
+    from saekit.backends.around import LoadedModel
     from saekit.config.fields import Dtype
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
@@ -49,7 +50,7 @@ def load_model(
     dtype: Dtype = "float32",
     autocast: bool = False,
     plugins: PluginManager | None = None,
-) -> ModelBackend:
+) -> LoadedModel:
     """A language model as saekit runs it, by its name or folder, or around one that you have loaded.
 
     ``backend`` is as ``model.backend`` of a configuration: a key, a table with ``name`` and options, or an object of
@@ -57,7 +58,8 @@ def load_model(
     ``device``, ``dtype`` and ``autocast`` are as in ``model``, too; of a loaded model its own count.
 
     What is returned has ``tokenize(text)``, ``run(tokens, read=[hook, ...])``, ``unembedding()`` and more: see
-    :class:`saekit.protocols.ModelBackend`.  Raises :class:`saekit.errors.ModelError` for a model that cannot be loaded.
+    :class:`saekit.protocols.ModelBackend`; ``model`` is the model itself, as its library has it.  Raises
+    :class:`saekit.errors.ModelError` for a model that cannot be loaded.
     """
     plugins = plugins or default_manager()
     named = isinstance(model, (str, os.PathLike))
@@ -69,8 +71,10 @@ def load_model(
     from saekit.backends.around import backend_around, built_backend
 
     if named or backend is not None:
-        return built_backend(whole.model, plugins, None if named else model)
-    return backend_around(model, whole.model, plugins)
+        found = built_backend(whole.model, plugins, None if named else model)
+    else:
+        found = backend_around(model, whole.model, plugins)
+    return cast("LoadedModel", found)
 
 
 def top_texts(

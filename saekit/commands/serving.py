@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.dashboards import check_said, labels_of, names_of
 from saekit.commands.effects import effects_of
-from saekit.commands.stores import store_of
+from saekit.commands.stores import store_of, which_of
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.serving import HOST, PORT, address_of, check_serving, is_loopback, opened_port, serve
 from saekit.errors import ConfigError
@@ -66,7 +66,7 @@ def serve_dashboard(
 
         look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
         store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
-        names = names_of(store, sae)
+        names = names_of(store, sae or which_of(what))
         known = labels_of(labels, store, names)
         with Status(verbose=verbose) as say:
             effects = effects_of(what, store, names, loss_effects, collecting, plugins, say)

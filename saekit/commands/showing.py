@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.commands.dashboards import names_of
 from saekit.commands.effects import effects_of
-from saekit.commands.stores import store_of
+from saekit.commands.stores import store_of, which_of
 from saekit.dashboards.effects import check_asked
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager
@@ -48,7 +48,6 @@ def show_feature(
     """
     from saekit.dashboards.data import Look
     from saekit.dashboards.notebook import shown_feature
-    from saekit.features.store import SAEFeatures
     from saekit.status import Status
 
     check_asked(loss_effects)
@@ -57,10 +56,8 @@ def show_feature(
                             "features=[3, 4]) shows several")])  # fmt: skip
     plugins = plugins or default_manager()
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    if isinstance(what, SAEFeatures):
-        sae, what = sae or what.name, what.store
     store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins)
-    names = names_of(store, sae)
+    names = names_of(store, sae or which_of(what))
     if len(names) > 1:
         raise ConfigError([("sae", f"is missing: the store has several, {', '.join(names)}; name one")])
     (name,) = names

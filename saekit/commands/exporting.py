@@ -53,7 +53,7 @@ def export_neuronpedia(
 ) -> Path:
     """Write features for Neuronpedia, in batches; the folder in which they are.
 
-    ``features`` is a feature store, one SAE of it, its folder, or the run or SAE that it lies beside; ``sae`` names one.
+    ``features`` is a feature store, one SAE of it, its folder, or the run or SAE that it lies beside; ``sae`` is one.
     ``schema`` is that of SAEDashboard today, ``"sae_lens_3"`` that of the runner of 3.0.0, ``"bulk"`` that which
     Neuronpedia imports, for which ``about`` says whose the SAE is (:class:`saekit.exports.settings.Credits`).
     ``neuronpedia_id``, such as ``gpt2-small/8-res-jb``, gives model, layer and set; left out, it is what the SAE says.

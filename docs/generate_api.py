@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,7 +33,21 @@ def public_names(package: str) -> dict[str, str]:
     """Public name of ``package`` to the module that it is from, as its ``__init__.pyi`` says."""
     stub = Path(saekit.__file__).parents[1].joinpath(*package.split("."), "__init__.pyi")
     imports = [node for node in ast.parse(stub.read_text(encoding="utf-8")).body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: node.module or "" for node in imports for alias in node.names if alias.name[0] != "_"}
+    named = [node for node in imports if node.module]
+    return {alias.name: node.module or "" for node in named for alias in node.names if alias.name[0] != "_"}
+
+
+def public_modules(package: str) -> dict[str, str]:
+    """Name of each module that is an attribute of ``package`` to the first paragraph of what it says of itself."""
+    home = Path(saekit.__file__).parents[1].joinpath(*package.split("."))
+    tree = ast.parse((home / "__init__.pyi").read_text(encoding="utf-8"))
+    found = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.module]
+    about = dict[str, str]()
+    for name in sorted(alias.name for node in found for alias in node.names):
+        file = home / f"{name}.py" if (home / f"{name}.py").is_file() else home / name / "__init__.py"
+        text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+        about[name] = re.sub(r":\w+:(?=`)", "", " ".join(text.partition("\n\n")[0].split()))
+    return about
 
 
 def heading(module: str) -> str:
@@ -72,7 +87,9 @@ def api() -> str:
     for title, names in sections.items():
         if names:
             lines += [f"## {title}", "", *documented(names)]
-    return "\n".join(lines)
+    lines += ["## Packages", "", "Attributes of `saekit`, too, with names of their own:", ""]
+    lines += [f"- `saekit.{name}`: {about}" for name, about in public_modules("saekit").items()]
+    return "\n".join([*lines, ""])
 
 
 def options() -> str:

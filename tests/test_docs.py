@@ -211,6 +211,46 @@ def test_links_lead_somewhere() -> None:
                 assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+NO_NAMES = {"saekit.json", "saekit.seal"}
+"""Files and keys of files."""
+
+
+def stub_names(module: Path) -> dict[str, Path]:
+    """Public names of a package to the modules that its stub says they are from; modules to themselves."""
+    stub = module / "__init__.pyi"
+    found = ast.parse(stub.read_text(encoding="utf-8")).body if stub.is_file() else []
+    imports = [node for node in found if isinstance(node, ast.ImportFrom)]
+    return {
+        alias.name: module.joinpath(*(node.module.split(".") if node.module else [alias.name]))
+        for node in imports for alias in node.names
+    }  # fmt: skip
+
+
+def is_there(name: str) -> bool:
+    """Whether a dotted name is there after ``import saekit`` alone, whatever else this process has imported."""
+    _, *parts = name.split(".")
+    place, thing = ROOT / "saekit", saekit
+    for part in parts:
+        lazy = (place / "__init__.pyi").is_file()
+        if lazy and part not in stub_names(place) and not hasattr(type(thing), part):
+            return False
+        if not hasattr(thing, part):
+            return False
+        thing, place = getattr(thing, part), stub_names(place).get(part, place / part) if lazy else place / part
+    return True
+
+
+def test_names_are_there_after_import_saekit() -> None:
+    assert is_there("saekit.SAE.load")
+    assert not is_there("saekit.commands.jobs")
+    assert not is_there("saekit.SAE.lode")
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    imported = {*re.findall(r"(?:from|import) (saekit\.[\w.]+)", text)}  # these need not be attributes
+    names = {*re.findall(r"\bsaekit(?:\.[a-z_]+)+(?:\.[A-Z]\w*)?", text)} - imported - NO_NAMES
+    assert len(names) > 60
+    assert [name for name in sorted(names) if not is_there(name)] == []
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("sphinx") is None, reason="Sphinx is not installed")
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
@@ -224,7 +264,7 @@ def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
     packages = {"api": "saekit"} | {f"api-{name}": f"saekit.{name}" for name in ("reports", "testing", "kernels")}
     for page, package in packages.items():
         stub = ROOT.joinpath(*package.split("."), "__init__.pyi").read_text(encoding="utf-8")
-        names = set(re.findall(r"import \w+ as ([a-zA-Z]\w*)", stub))
+        names = set(re.findall(r"(?<!^from \. )import \w+ as ([a-zA-Z]\w*)", stub, re.M))
         assert len(names) > 5
         assert {name for name in names if f'id="{package}.{name}"' not in pages[page]} == set()
     for registry in saekit.default_manager().registries.values():

@@ -41,7 +41,7 @@ def face(module: str) -> dict[str, str]:
     if files()[module].name != "__init__.py" or not stub.exists():
         return {}
     imports = [node for node in ast.parse(stub.read_text()).body if isinstance(node, ast.ImportFrom)]
-    return {alias.name: f"{module}.{node.module}" for node in imports for alias in node.names}
+    return {alias.name: f"{module}.{node.module}" for node in imports if node.module for alias in node.names}
 
 
 def targets(node: ast.AST) -> Iterator[str]:

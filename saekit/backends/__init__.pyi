@@ -1,3 +1,4 @@
+from .around import LoadedModel as LoadedModel
 from .base import Backend as Backend
 from .forward import Hooks as Hooks
 from .forward import next_token_loss as next_token_loss

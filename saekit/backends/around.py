@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Protocol
 
 import attrs
 
+from saekit.abilities import HasModel, HasTokenizer, TranslatesHooks
 from saekit.ambient import ambient
 from saekit.config import ModelConfig
 from saekit.config.files import load_config
@@ -14,7 +16,14 @@ from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.protocols import ModelBackend
 
-__all__ = ["as_backend", "backend_around", "built_backend"]
+__all__ = ["LoadedModel", "as_backend", "backend_around", "built_backend"]
+
+
+class LoadedModel(ModelBackend, HasModel, HasTokenizer, TranslatesHooks, Protocol):
+    """What :func:`saekit.load_model` returns, with what every backend that comes with saekit has beside.
+
+    A plugin's may lack ``model``, ``tokenizer`` or ``hook_like``, for which :mod:`saekit.abilities` has protocols.
+    """
 
 
 def as_backend(model: object, plugins: PluginManager | None = None) -> ModelBackend:

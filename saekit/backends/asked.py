@@ -74,7 +74,7 @@ def odd_tokens(tokens: Tensor, backend: ModelBackend) -> str | None:
     if tokens.device.type != "cpu" or not tokens.numel():
         return None
     low, high = map(int, tokens.aminmax())
-    if 0 <= low and high < backend.d_vocab:
+    if low >= 0 and high < backend.d_vocab:
         return None
     where = ((tokens < 0) | (tokens >= backend.d_vocab)).nonzero()[0].tolist()
     return (

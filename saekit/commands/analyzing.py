@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from saekit.commands.beforehand import check_named
 from saekit.commands.material import Material, Text
 from saekit.commands.preflight import check_writable
-from saekit.commands.stores import store_given
-from saekit.commands.subjects import Subject, subjects_of
+from saekit.commands.stores import store_given, which_of
+from saekit.commands.subjects import Subject, subjects_of, the_one
 from saekit.errors import ConfigError, ModelError, PlaceError, SaekitError
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager, default_manager
@@ -62,7 +62,8 @@ def feature_statistics(
     (alone,) = saes if isinstance(saes, (list, tuple)) and len(saes) == 1 else (saes,)
     if (store := store_given(alone)) is not None:
         _only_of_saes({"model": model, "site": site, "fractions": fractions})
-        return _joined({name: one.statistics(logits=logits) for name, one in store.saes.items()})
+        chosen = store.saes if which_of(alone) is None else {alone.name: alone}
+        return _joined({name: one.statistics(logits=logits) for name, one in chosen.items()})
     check_named(saes)
     from saekit.devices import resolve_device
     from saekit.status import Status
@@ -238,15 +239,16 @@ def token_set_enrichment(
     plugins = plugins or default_manager()
     _check_enrichment(sae, sets, regex, permutations, min_size, out)
     from saekit.analysis.tsea import check_features, enrich, rows_of_work
+    from saekit.devices import resolve_device
     from saekit.progress import Counted
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
         say("reading the SAE")
-        subjects = _the_one(sae, plugins, device)
-        ((name, subject),) = subjects.items()
+        subject = the_one(sae, plugins, device=resolve_device(device, "device"))
+        name = subject.name
         check_features(features, k, subject.sae.d_sae)
-        fired = _by_name(fractions, subjects).get(name)
+        fired = _by_name(fractions, {name: subject}).get(name)
         backend = Material(plugins, Text(), model=model, device=device, say=say).model_of(subject)
         say("choosing sets of tokens")
         chosen = _sets(sets, backend, regex, names, tagger)
@@ -264,15 +266,6 @@ def _written(found: Enrichment, out: str | Path | None) -> Enrichment:
     if out is not None:
         found.write(out)
     return found
-
-
-def _the_one(sae: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
-    from saekit.devices import resolve_device
-
-    subjects = subjects_of(sae, plugins, device=resolve_device(device, "device"))
-    if len(subjects) > 1:
-        raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
-    return subjects
 
 
 def _check_enrichment(

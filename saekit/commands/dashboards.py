@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.effects import effects_of
 from saekit.commands.features import check_features
-from saekit.commands.stores import store_of
+from saekit.commands.stores import store_of, which_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
@@ -66,9 +66,9 @@ def dashboard(
 ) -> Path:
     """Write a page of features, one HTML file that needs no network, and return its path.
 
-    ``what`` is a feature store, or its folder; or what :func:`saekit.collect_features` takes.  Then the store is
-    ``folder``, or beside the SAE: it is opened where it is there, and else collected first, with ``collecting``, which
-    are options of that function (``model``, ``n_contexts``, ...); one that was made with others is refused.
+    ``what`` is a feature store, one SAE of it, or its folder; or what :func:`saekit.collect_features` takes.  Then the
+    store is ``folder``, or beside the SAE: it is opened where it is there, and else collected first, by ``collecting``,
+    which are options of that function (``model``, ``n_contexts``, ...); one that was made with others is refused.
 
     ``features`` are the numbers of those that are shown, for every SAE or by their names, or ``"all"``; ``random``
     draws so many of those that fire; ``top_by`` takes the ``count`` that fire most often (``"firing"``), most strongly
@@ -91,6 +91,7 @@ def dashboard(
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
+    sae = sae or which_of(what)
     check = functools.partial(check_fit, sae=sae, features=features, labels=labels)
     store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
     if place is None:

@@ -12,7 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import attrs
 
@@ -36,10 +36,84 @@ if TYPE_CHECKING:
 
     from saekit.distributed.world import World
     from saekit.protocols import Eval, ModelBackend
+    from saekit.runs.results import SweepResult, TrainResult
+    from saekit.sae.module import SAEModule
     from saekit.status import Status
     from saekit.tokens import Mask, TokenChoice
 
 __all__ = ["ChosenTokens", "asked_evals", "check_arguments", "checked_data", "evaluate", "evaluated"]
+
+
+@overload
+def evaluate(
+    saes: list[Any] | tuple[Any, ...] | Mapping[Any, Any] | SweepResult,
+    *,
+    model: object | None = ...,
+    backend: PluginChoice | None = ...,
+    dataset: object | None = ...,
+    contexts: Tensor | None = ...,
+    n_contexts: int = ...,
+    context_size: int | None = ...,
+    evals: Iterable[PluginChoice] = ...,
+    site: Site | Sites | str | None = ...,
+    exclude_special_tokens: bool | Sequence[int] | None = ...,
+    seqpos_slice: Sequence[int | None] | None = ...,
+    mask: Mask | None = ...,
+    device: str = ...,
+    seed: int = ...,
+    save: bool = ...,
+    verbose: bool = ...,
+    plugins: PluginManager | None = ...,
+    **options: Any,
+) -> Evaluations: ...
+
+
+@overload
+def evaluate(
+    saes: SAEModule | TrainResult,
+    *,
+    model: object | None = ...,
+    backend: PluginChoice | None = ...,
+    dataset: object | None = ...,
+    contexts: Tensor | None = ...,
+    n_contexts: int = ...,
+    context_size: int | None = ...,
+    evals: Iterable[PluginChoice] = ...,
+    site: Site | Sites | str | None = ...,
+    exclude_special_tokens: bool | Sequence[int] | None = ...,
+    seqpos_slice: Sequence[int | None] | None = ...,
+    mask: Mask | None = ...,
+    device: str = ...,
+    seed: int = ...,
+    save: bool = ...,
+    verbose: bool = ...,
+    plugins: PluginManager | None = ...,
+    **options: Any,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    saes: str | Path,
+    *,
+    model: object | None = ...,
+    backend: PluginChoice | None = ...,
+    dataset: object | None = ...,
+    contexts: Tensor | None = ...,
+    n_contexts: int = ...,
+    context_size: int | None = ...,
+    evals: Iterable[PluginChoice] = ...,
+    site: Site | Sites | str | None = ...,
+    exclude_special_tokens: bool | Sequence[int] | None = ...,
+    seqpos_slice: Sequence[int | None] | None = ...,
+    mask: Mask | None = ...,
+    device: str = ...,
+    seed: int = ...,
+    save: bool = ...,
+    verbose: bool = ...,
+    plugins: PluginManager | None = ...,
+    **options: Any,
+) -> Evaluation | Any: ...  # of a sweep's folder Evaluations
 
 
 def evaluate(

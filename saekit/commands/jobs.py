@@ -20,7 +20,7 @@ from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.files import load_config, load_configs
 from saekit.distributed.launched import Launched, check_layout, check_mesh, refuse_several
 from saekit.errors import ConfigError
-from saekit.files.paths import as_path
+from saekit.files.paths import folder_of
 from saekit.garbage import uncollected
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
@@ -91,7 +91,7 @@ def train(
 
 
 def resume(
-    run: str | Path,
+    run: str | Path | TrainResult | SweepResult,
     cfg: ConfigSource | None = None,
     overrides: Sequence[str] = (),
     *,
@@ -99,10 +99,11 @@ def resume(
     plugins: PluginManager | None = None,
     model: object | None = None,
     dataset: object | None = None,
-) -> TrainResult | SweepResult:
+) -> TrainResult | Any:
     """Go on with the run in the folder ``run`` from its newest whole checkpoint, as if it had never stopped.
 
-    A run that was stopped before its first checkpoint begins anew, with a warning.
+    What :func:`saekit.train` returned stands for its folder; of a sweep's a :class:`saekit.SweepResult` comes back.  A
+    run that was stopped before its first checkpoint begins anew, with a warning.
 
     ``cfg`` (for a run of one SAE) and ``overrides`` (``"training.lr=1e-4"``) change its configuration; every option
     that then differs, and whatever else decides the activations, must be named in ``allow``, or it is a
@@ -115,10 +116,10 @@ def resume(
     from saekit.runs.resuming import Resumption, UnusableCheckpointError
 
     plugins = plugins or default_manager()
-    run, unusable = as_path(run), dict[Path, str]()
-    record = RunRecord.read(run)  # to lock a folder may put a file into it, so it must be a run's
+    folder, unusable = folder_of(run), dict[Path, str]()
+    record = RunRecord.read(folder)  # to lock a folder may put a file into it, so it must be a run's
     launched = Launched.here(os.environ)
-    with contextlib.nullcontext() if launched.rank else alone_in(run):
+    with contextlib.nullcontext() if launched.rank else alone_in(folder):
         while True:
             resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None

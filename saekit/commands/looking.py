@@ -8,11 +8,14 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 
 from saekit.commands import preflight
+from saekit.commands.beforehand import check_named
+from saekit.commands.subjects import the_one
 from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
 from saekit.errors import ConfigError
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from saekit.analysis.feature_texts import TopTexts
+    from saekit.backends.around import LoadedModel
     from saekit.config.fields import Dtype
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
@@ -49,7 +53,7 @@ def load_model(
     dtype: Dtype = "float32",
     autocast: bool = False,
     plugins: PluginManager | None = None,
-) -> ModelBackend:
+) -> LoadedModel:
     """A language model as saekit runs it, by its name or folder, or around one that you have loaded.
 
     ``backend`` is as ``model.backend`` of a configuration: a key, a table with ``name`` and options, or an object of
@@ -57,7 +61,8 @@ def load_model(
     ``device``, ``dtype`` and ``autocast`` are as in ``model``, too; of a loaded model its own count.
 
     What is returned has ``tokenize(text)``, ``run(tokens, read=[hook, ...])``, ``unembedding()`` and more: see
-    :class:`saekit.protocols.ModelBackend`.  Raises :class:`saekit.errors.ModelError` for a model that cannot be loaded.
+    :class:`saekit.protocols.ModelBackend`; ``model`` is the model itself, as its library has it.  Raises
+    :class:`saekit.errors.ModelError` for a model that cannot be loaded.
     """
     plugins = plugins or default_manager()
     named = isinstance(model, (str, os.PathLike))
@@ -69,12 +74,14 @@ def load_model(
     from saekit.backends.around import backend_around, built_backend
 
     if named or backend is not None:
-        return built_backend(whole.model, plugins, None if named else model)
-    return backend_around(model, whole.model, plugins)
+        found = built_backend(whole.model, plugins, None if named else model)
+    else:
+        found = backend_around(model, whole.model, plugins)
+    return cast("LoadedModel", found)
 
 
 def top_texts(
-    sae: SAEModule | TrainResult,
+    sae: SAEModule | TrainResult | str | Path,
     *,
     model: object | None = None,
     dataset: object | None = None,
@@ -90,6 +97,8 @@ def top_texts(
 ) -> TopTexts:
     """The texts on which features of any SAE fire most, and the tokens that the features promote.
 
+    ``sae`` is an SAE, what :func:`saekit.train` returned, a folder, a run, or ``RELEASE:ID``.
+
     ``features`` are numbers, or ``k`` of them: ``"best"`` are easy to read, each firing on different words that mean
     something alike; ``"random"`` are drawn by ``seed`` among those that fire.  The ``texts`` strongest places of each
     are found in about so many ``tokens``, in bounded memory; ``diverse`` shows no token twice while there are others.
@@ -104,25 +113,17 @@ def top_texts(
     write to the residual stream.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
     plugins, features = plugins or default_manager(), _numbers(features)
-    if not hasattr(sae, "corpus") and not hasattr(sae, "encode"):
-        raise ConfigError(
-            [
-                (
-                    "sae",
-                    f"must be an SAE or what saekit.train returned, found {short(sae)}. saekit.SAE.load reads one",
-                )
-            ],
-            "the arguments of top_texts",
-        )
-    result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
-    sae = result.sae if result is not None else cast("SAEModule", sae)
-    _check_counts(sae, features, k=k, texts=texts, tokens=tokens)
+    check_named(sae)
+    _check_counts(features, k=k, texts=texts, tokens=tokens)
     from saekit.progress import ProgressDisplay
     from saekit.splicing.fits import sites_of
     from saekit.status import Status
 
-    wanted = sites_of(sae, site, "site")
     with Status(verbose=verbose) as say:
+        result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
+        sae = the_one(sae, plugins, device="cpu").sae
+        _check_features(sae, features)
+        wanted = sites_of(sae, site, "site")
         backend = _backend(sae, model, result, plugins, say)
         say("reading the text")
         sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, plugins)
@@ -150,7 +151,13 @@ def _numbers(features: Any) -> Any:
     raise ConfigError([("features", f"{expected}, found {short(features)}")], "the arguments of top_texts")
 
 
-def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
+def _check_features(sae: SAEModule, features: Any) -> None:
+    if not isinstance(features, str) and (wrong := [number for number in features if not 0 <= number < sae.d_sae]):
+        told = f"are 0 to {sae.d_sae - 1:,} of this SAE, found {wrong[0]}"
+        raise ConfigError([("features", told)], "the arguments of top_texts")
+
+
+def _check_counts(features: Any, **counts: int) -> None:
     """:class:`ConfigError` for numbers that mean nothing."""
     problems = [
         (name, f"must be a whole number of 1 or more, found {count!r}")
@@ -159,8 +166,6 @@ def _check_counts(sae: SAEModule, features: Any, **counts: int) -> None:
     if isinstance(features, str):
         if features not in ("best", "random"):
             problems.append(("features", f"must be 'best', 'random' or numbers of features, found {features!r}"))
-    elif wrong := [number for number in features if not 0 <= number < sae.d_sae]:
-        problems.append(("features", f"are 0 to {sae.d_sae - 1:,} of this SAE, found {wrong[0]}"))
     elif not features:
         problems.append(("features", "names none; give numbers of features, 'best' or 'random'"))
     if problems:

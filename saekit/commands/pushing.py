@@ -5,11 +5,11 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from saekit.errors import PlaceError
 from saekit.files.names import SAE_CONFIG
-from saekit.files.paths import as_path
+from saekit.files.paths import folder_of
 from saekit.pretrained.card import CardSAE
 from saekit.pretrained.copying import copy_saved, read_config
 from saekit.pretrained.pushing import check_repository, push
@@ -18,13 +18,16 @@ from saekit.reports.sweep import flat_options, summary_of
 from saekit.runs.from_memory import OPTIONS
 from saekit.runs.place import RECORD
 
+if TYPE_CHECKING:
+    from saekit.runs.results import SweepResult, TrainResult
+
 __all__ = ["push_to_hub"]
 
 _PRIVATE = ("trackers", "checkpoints")  # sections that are about this machine and its user
 
 
 def push_to_hub(
-    path: str | Path,
+    path: str | Path | TrainResult | SweepResult,
     repo_id: str,
     *,
     folder: str = "",
@@ -37,7 +40,8 @@ def push_to_hub(
 ) -> str:
     """Put what a run has trained into one repository of the Hub, with a model card; the address of the commit.
 
-    ``path`` is that of a run's folder, of a sweep's, whose SAEs each get a folder of their own, or of a saved SAE's.
+    ``path`` is that of a run's folder, of a sweep's, whose SAEs each get a folder of their own, or of a saved SAE's; or
+    it is what :func:`saekit.train` returned.  An SAE in memory has :meth:`saekit.SAE.push_to_hub`.
     ``folder`` is one in the repository, and the other options are those of :meth:`saekit.SAE.push_to_hub`, too.  The
     card says what the run has measured and how it was set up, without paths of this machine.  What is pushed is a copy
     in a temporary folder, which is compared with the checksums of ``cfg.json``; a run may go on meanwhile.
@@ -47,7 +51,7 @@ def push_to_hub(
 
     :class:`PlaceError` where there is no saved SAE, and :class:`SAEFormatError` for one that is not as it was saved.
     """
-    place, folder = as_path(path), folder.strip("/")
+    place, folder = folder_of(path), folder.strip("/")
     check_repository(repo_id, folder)
     with tempfile.TemporaryDirectory(prefix="saekit-") as temporary:
         copies = Path(temporary)

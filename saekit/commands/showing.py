@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.commands.dashboards import names_of
 from saekit.commands.effects import effects_of
-from saekit.commands.stores import store_of
+from saekit.commands.stores import store_of, which_of
 from saekit.dashboards.effects import check_asked
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager
@@ -50,7 +50,6 @@ def show_feature(
     """
     from saekit.dashboards.data import Look
     from saekit.dashboards.notebook import shown_feature
-    from saekit.features.store import SAEFeatures
     from saekit.status import Status
 
     check_asked(loss_effects)
@@ -59,8 +58,7 @@ def show_feature(
                             "features=[3, 4]) shows several")])  # fmt: skip
     plugins = plugins or default_manager()
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    if isinstance(what, SAEFeatures):
-        sae, what = sae or what.name, what.store
+    sae = sae or which_of(what)
     store = store_of(
         what, folder, collecting, verbose=verbose, plugins=plugins, check=lambda sizes: _check_fits(sizes, sae, index)
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
 
-__all__ = ["is_store", "store_beside", "store_given", "store_of"]
+__all__ = ["is_store", "store_beside", "store_given", "store_of", "which_of"]
 
 _NO_MATTER = {"device", "batch_size"}
 """Options of collecting that do not decide what is found."""
@@ -35,32 +35,42 @@ _REPLACE = (
 
 
 def is_store(what: object) -> bool:
-    """Whether ``what`` is a feature store, or the folder of one, which may be damaged."""
-    from saekit.features.store import FeatureStore
+    """Whether ``what`` is a feature store, one SAE of it, or the folder of one, which may be damaged."""
+    from saekit.features.store import FeatureStore, SAEFeatures
 
     if not isinstance(what, (str, Path)):
-        return isinstance(what, FeatureStore)
+        return isinstance(what, (FeatureStore, SAEFeatures))
     return FeatureStore.is_at(what)
 
 
 def store_given(what: object) -> FeatureStore | None:
-    """The feature store that ``what`` is, or whose folder it names; None: it is something else."""
-    from saekit.features.store import FeatureStore
+    """The feature store that ``what`` is, is an SAE of, or names the folder of; None: it is something else."""
+    from saekit.features.store import FeatureStore, SAEFeatures
 
     if isinstance(what, FeatureStore):
         return what
+    if isinstance(what, SAEFeatures):
+        return what.store
     return FeatureStore.open(what) if isinstance(what, (str, Path)) and is_store(what) else None
+
+
+def which_of(what: object) -> str | None:
+    """The name of the SAE that ``what`` is of a feature store; None: it is something else."""
+    from saekit.features.store import SAEFeatures
+
+    return what.name if isinstance(what, SAEFeatures) else None
 
 
 def store_beside(where: object) -> FeatureStore:
     """The feature store that is meant: one that is open, its folder, or a run or an SAE with one beside it."""
     if (given := store_given(where)) is not None:
         return given
-    where = getattr(where, "folder", where)  # of a result
+    where = getattr(where, "folder", None) or getattr(where, "read_from", None) or where  # of a result, of an SAE
     if not isinstance(where, (str, Path)):
         raise ConfigError(
-            [("features", f"must be a feature store, its folder, a run or an SAE's, found {short(where)}")]
-        )
+            [("features", f"must be a feature store, its folder, a run, or an SAE that was read from a folder, "
+              f"found {short(where)}")]
+        )  # fmt: skip
     place = as_path(where)
     near = [place / STORE, *([place.parent / STORE] if place.name == "sae" else [])]
     found = next((one for one in map(store_given, near) if one is not None), None)

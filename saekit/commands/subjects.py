@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.sae.module import SAEModule
 
-__all__ = ["Subject", "at_home", "subjects_of"]
+__all__ = ["Subject", "at_home", "subjects_of", "the_one"]
 
 _CONFIG = "config.toml"
 
@@ -61,7 +61,8 @@ def subjects_of(
     """What ``saes`` are, by name: one of them, a list, or a mapping of names.
 
     Each is an SAE, what :func:`saekit.train` returned, or a text or path: a run folder, a sweep's, that of an SAE of
-    any format, or ``RELEASE:ID``.  Those that are read go to ``device``.  :class:`ConfigError` for anything else.
+    any format, or ``RELEASE:ID``; what it returned of a sweep stands for all of them.  Those that are read go to
+    ``device``.  :class:`ConfigError` for anything else.
     """
     found: dict[str, Subject] = {}
     for name, one in _named(saes):
@@ -76,7 +77,17 @@ def subjects_of(
     return found
 
 
+def the_one(sae: object, plugins: PluginManager, *, device: str) -> Subject:
+    """The one SAE that ``sae`` is, as for :func:`subjects_of`; :class:`ConfigError` for several."""
+    subjects = subjects_of(sae, plugins, device=device)
+    if len(subjects) > 1:
+        raise ConfigError([("sae", f"must be one SAE, found {len(subjects)}: {', '.join(subjects)}; name one")])
+    return next(iter(subjects.values()))
+
+
 def _named(saes: object) -> Iterator[tuple[str | None, object]]:
+    if hasattr(saes, "results") and hasattr(saes, "diverged"):  # a sweep's
+        saes = saes.results
     if isinstance(saes, Mapping):
         yield from ((str(name), one) for name, one in saes.items())
     elif isinstance(saes, Sequence) and not isinstance(saes, str):
@@ -95,6 +106,10 @@ def _read(
     elif isinstance(one, (str, Path)):
         yield from _of_path(name, one, plugins, device, loader, releases)
     else:
+        if hasattr(one, "saes") and hasattr(one, "folder"):
+            _check_no_store(one.folder)
+        if hasattr(one, "store") and hasattr(one.store, "folder"):
+            _check_no_store(one.store.folder)
         expected = "an SAE, the result of saekit.train, a folder, or RELEASE:ID"
         raise ConfigError([("saes", f"must be {expected}, found {short(one)}")])
 

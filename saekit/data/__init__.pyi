@@ -1,3 +1,4 @@
+from . import cache as cache
 from .activations import ActivationStream as ActivationStream
 from .activations import DealtActivations as DealtActivations
 from .buffer import ShuffleBuffer as ShuffleBuffer

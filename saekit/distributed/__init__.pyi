@@ -1,3 +1,4 @@
+from . import costs as costs
 from .group import Group as Group
 from .share import WHOLE as WHOLE
 from .share import Share as Share

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
+from typing import Any
 
-__all__ = ["as_path", "expanded", "here", "leads_out", "steady"]
+from saekit.errors import PlaceError
+
+__all__ = ["as_path", "expanded", "folder_of", "here", "leads_out", "steady"]
 
 
 def expanded(path: str | os.PathLike[str]) -> str:
@@ -15,8 +18,25 @@ def expanded(path: str | os.PathLike[str]) -> str:
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
-    """``path`` with ``~`` expanded.  Every call that takes a path from the outside begins with this."""
+    """``path`` with ``~`` expanded.  Every call that takes a path from the outside begins with this.
+
+    :class:`PlaceError` for what is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise PlaceError(f"a path is needed here, a text or a pathlib.Path; found {_named(path)}")
     return Path(expanded(path))
+
+
+def _named(what: object) -> str:
+    return f"{what!r}" if what is None or isinstance(what, (int, float, bytes)) else f"a {type(what).__name__}"
+
+
+def folder_of(what: Any) -> Path:
+    """The folder of what a run, a sweep or a feature store is, or the one that a path names.
+
+    :class:`PlaceError` for what is neither.
+    """
+    return as_path(getattr(what, "folder", what))
 
 
 def here() -> Path | None:

@@ -1,3 +1,4 @@
+from . import workspace as workspace
 from .active import active_groups as active_groups
 from .auxk import add_auxk as add_auxk
 from .auxk import add_fixed_auxk as add_fixed_auxk

@@ -1,3 +1,4 @@
+from . import converting as converting
 from .asking import find_release as find_release
 from .exporting import export as export
 from .exporting import formats as formats

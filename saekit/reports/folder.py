@@ -12,7 +12,7 @@ import attrs
 
 from saekit.errors import StorageError
 from saekit.files.names import SAE_CONFIG, is_plain_name
-from saekit.files.paths import as_path
+from saekit.files.paths import folder_of
 from saekit.files.storage import is_locked, read_json
 from saekit.reports.history import History, read_history
 from saekit.reports.numbers import duration
@@ -155,9 +155,10 @@ class RunFolder:
 def read_run(folder: str | Path, *, last: int | None = None) -> RunFolder:
     """The run in ``folder``, or one SAE of a sweep in its own folder; whatever there is of it.
 
-    ``last``: so many bytes at the end of each file of metrics are enough.  :class:`PlaceError` where there is no run.
+    What :func:`saekit.train` returned stands for its folder.  ``last``: so many bytes at the end of each file of
+    metrics are enough.  :class:`PlaceError` where there is no run.
     """
-    folder = as_path(folder)
+    folder = folder_of(folder)
     if not (folder / RECORD).exists() and (folder / "config.toml").is_file():
         return _one_of_several(folder, last)
     check_is_run(folder)

@@ -10,9 +10,9 @@ from typing import Any
 import attrs
 from torch import Tensor
 
+from saekit.backends.around import LoadedModel
 from saekit.data import Corpus
 from saekit.pretrained.sae import SAE
-from saekit.protocols import ModelBackend
 from saekit.runs.numbers import main_numbers, short_numbers
 from saekit.tables import facts_html, table_html
 
@@ -28,7 +28,7 @@ class TrainResult:
     """The run folder: ``config.toml``, ``metrics.jsonl`` and the SAE in ``sae/``."""
     metrics: Mapping[str, float]
     """The last value of every metric, the evals' among them."""
-    backend: ModelBackend
+    backend: LoadedModel
     """The model, to go on with."""
     held_out: Tensor | None
     """``[n, context_size]`` token ids that training never saw, if there are evals."""

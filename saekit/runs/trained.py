@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from saekit.backends.around import LoadedModel
 from saekit.distributed.agreement import done_by_all
 from saekit.distributed.group import Group
 from saekit.plugins.manager import PluginManager
@@ -71,7 +72,7 @@ def result_of(
             sae=_sae_of(member, record.home(member.name) / "sae", session.plugins),
             folder=record.home(member.name),
             metrics=member.latest,
-            backend=session.backend,
+            backend=cast(LoadedModel, session.backend),
             held_out=session.held_out(member.config),
             corpus=session.corpus,
             pictures=pictures.of_saes.get(member.name, ()),

@@ -83,7 +83,15 @@ class Hooked(nn.Module):
 
     if TYPE_CHECKING:  # of the module itself
         ports: Ports
+        hook_sae_input: HookPoint
+        hook_sae_acts_pre: HookPoint
+        hook_sae_acts_post: HookPoint
+        hook_sae_recons: HookPoint
+        hook_sae_error: HookPoint
+        hook_sae_output: HookPoint
 
+        # torch says nothing of what calling it gives.
+        def __call__(self, x: Tensor, *, use_error_term: bool | None = None, of: Tensor | None = None) -> Tensor: ...
         def _reconstructed(self, x: Tensor) -> Tensor: ...
 
     hook_points: ClassVar[tuple[str, ...]] = _NAMES

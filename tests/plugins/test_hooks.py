@@ -124,6 +124,7 @@ PUBLIC_MODULES = [
     "errors",
     "evals",
     "files",
+    "garbage",
     "hub",
     "kernels",
     "kinds",
@@ -186,7 +187,11 @@ def test_the_kernel_tests_run_without_torch_in_a_subprocess() -> None:
 
 
 def test_public_names_are_all_there_in_a_subprocess() -> None:
-    code = "import saekit; assert all(getattr(saekit, name) is not None for name in saekit.__all__)"
+    code = """
+import saekit
+assert {'pretrained', 'evals', 'toy', 'exports', 'splicing', 'analysis', 'testing'} <= {*dir(saekit)}
+assert all(getattr(saekit, name) is not None for name in saekit.__all__)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
     assert set(saekit.__all__) <= set(dir(saekit))
     with pytest.raises(AttributeError, match="No saekit attribute trian"):

@@ -42,6 +42,10 @@ def test_a_kind_or_its_name() -> None:
 
 
 SNIPPET = """
+from collections.abc import Callable
+from pathlib import Path
+import saekit
+import torch
 from saekit.config import TrainConfig
 from saekit.kinds import EVALS, LR_SCHEDULES, MODEL_BACKENDS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
@@ -64,6 +68,20 @@ def look(manager: PluginManager, config: TrainConfig, key: str) -> None:
     if isinstance(sae, TopKSAE):
         reveal_type(sae)
         reveal_type(sae.config.k)
+
+def use(sae: saekit.SAE, x: torch.Tensor, folder: Path) -> None:
+    reveal_type(sae(x))
+    sae.hook_sae_acts_post.add_hook(lambda features, hook: None).remove()
+    reveal_type(saekit.evaluate(sae, kl=True)["explained_variance"])
+    reveal_type(saekit.evaluate([sae, folder], n_contexts=8)["name"].errors)
+    print(saekit.evaluate("runs/first", save=False)["explained_variance"] + 1)
+    reveal_type(saekit.train({"sae": {"name": "topk"}}).sae)
+    print(saekit.resume("runs/first").metrics["evals/l0"])
+    model = saekit.load_model("gpt2")
+    model.model.generate(model.tokenizer("text"))
+    reveal_type(model.hook_like("blocks.1.hook_resid_post"))
+    with saekit.splice(model, sae) as spliced:
+        reveal_type(spliced.run(x, want="loss").loss)
 """
 REVEALED = [
     "saekit.protocols.LRSchedule",
@@ -73,13 +91,31 @@ REVEALED = [
     "Any",
     "saekit_plugins.architectures.topk.module.TopKSAE",
     "int",
+    "torch.Tensor",
+    "float",
+    "typing.Mapping[str, float]",
+    "saekit.pretrained.sae.SAE",
+    "str | None",
+    "torch.Tensor",
 ]
+TORCH = {
+    "__init__": "from typing import Any\nfrom . import nn as nn\n"
+    "class Tensor:\n    def __getattr__(self, name: str) -> Any: ...\ndef __getattr__(name: str) -> Any: ...\n",
+    "nn": "from typing import Any\nfrom collections.abc import Callable\n"
+    "class Module:\n    __call__: Callable[..., Any]\n    def __getattr__(self, name: str) -> Any: ...\n"
+    "def __getattr__(name: str) -> Any: ...\n",
+}
+"""What of torch's own types decides what users see; to read all of them would take most of the time."""
 SETTINGS = """
 [mypy]
 strict = true
 explicit_package_bases = true
 follow_imports = silent
-[mypy-torch.*,numpy.*,datasets.*,transformers.*]
+[mypy-numpy.*,datasets.*,transformers.*,huggingface_hub.*,rich.*,safetensors.*,pandas.*,jinja2.*,lazy_loader.*]
+follow_imports = skip
+[mypy-saekit.analysis.*,saekit.dashboards.*,saekit.data.*,saekit.distributed.*,saekit.exports.*,saekit.features.*]
+follow_imports = skip
+[mypy-saekit.kernels.*,saekit.reports.*,saekit.training.*,saekit.progress,saekit.status]
 follow_imports = skip
 """
 
@@ -88,10 +124,13 @@ follow_imports = skip
 def test_what_a_type_checker_sees_in_a_subprocess(tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(SNIPPET)
     (tmp_path / "mypy.ini").write_text(f"{SETTINGS}[mypy-*]\n")
+    (tmp_path / "stubs" / "torch").mkdir(parents=True)
+    for name, source in TORCH.items():
+        (tmp_path / "stubs" / "torch" / f"{name}.pyi").write_text(source)
     found = subprocess.run(
         [sys.executable, "-m", "mypy", "--config-file", tmp_path / "mypy.ini", "--cache-dir", tmp_path / "cache",
          tmp_path / "snippet.py"],
-        capture_output=True, text=True, env={"MYPYPATH": f"{ROOT}:{ROOT / 'plugins'}"},
+        capture_output=True, text=True, env={"MYPYPATH": f"{tmp_path / 'stubs'}:{ROOT}:{ROOT / 'plugins'}"},
     )  # fmt: skip
     assert found.returncode == 0, found.stdout + found.stderr
     assert re.findall(r'Revealed type is "(?:builtins\.)?(.*)"', found.stdout) == REVEALED, found.stdout

@@ -137,6 +137,7 @@ def test_the_example_in_a_fresh_environment(tmp_path: Path) -> None:
     python, fresh, environment = fresh_environment(tmp_path, built_wheel(tmp_path / "dist"), EXAMPLE)
     found = json.loads(run(python, "-c", TRAIN, tmp_path / "runs", cwd=tmp_path, env=environment).splitlines()[-1])
     assert Path(found["saekit"]).is_relative_to(fresh), "the built wheel, not the checkout"
+    assert all((fresh / name / "py.typed").is_file() for name in ("saekit", "saekit_plugins")), "for type checkers"
     assert found["class"] == "Crosscoder"
     assert found["ports"] == {f"blocks.{n}.hook_resid_post": 128 for n in (0, 1)}
     assert found["metrics"]["evals/explained_variance"] > 0.5

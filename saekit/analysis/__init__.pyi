@@ -1,0 +1,13 @@
+from . import attribution as attribution
+from . import direct_path as direct_path
+from . import directions as directions
+from . import enrichment as enrichment
+from . import examples as examples
+from . import feature_statistics as feature_statistics
+from . import feature_texts as feature_texts
+from . import loss_effects as loss_effects
+from . import saebench as saebench
+from . import token_set_files as token_set_files
+from . import token_sets as token_sets
+from . import top_texts as top_texts
+from . import tsea as tsea

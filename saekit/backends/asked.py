@@ -74,10 +74,10 @@ def odd_tokens(tokens: Tensor, backend: ModelBackend) -> str | None:
     if tokens.device.type != "cpu" or not tokens.numel():
         return None
     low, high = map(int, tokens.aminmax())
-    if 0 <= low and high < backend.d_vocab:
+    if low >= 0 and high < backend.d_vocab:
         return None
     where = ((tokens < 0) | (tokens >= backend.d_vocab)).nonzero()[0].tolist()
     return (
-        f"the token id {int(tokens[tuple(where)])} at {where} is none of the model {backend.name!r}, whose ids are 0 to "
-        f"{backend.d_vocab - 1:,}; its own tokenizer's are model.tokenize(text)"
+        f"the token id {int(tokens[tuple(where)])} at {where} is none of the model {backend.name!r}, whose ids are 0 "
+        f"to {backend.d_vocab - 1:,}; its own tokenizer's are model.tokenize(text)"
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.reasons import alike
+from saekit.shapes import by_shapes
 from saekit.site import Sites
 from saekit.tables import facts_html, table_html
 from saekit.values import Histogram
@@ -91,6 +92,8 @@ class Outcome:
     _agrees: Tensor | None = None
     _logits: Tensor | None = None
 
+    __repr__ = by_shapes
+
     @property
     def kl(self) -> Tensor:
         """``[b, t]``: KL(clean ‖ this) in nats at each position; of the clean forward 0."""
@@ -126,6 +129,8 @@ class Seen:
     _spliced: Outcome | None = None
     _zero: Outcome | None = None
     _mean: Outcome | None = None
+
+    __repr__ = by_shapes
 
     @property
     def inputs(self) -> Tensor:

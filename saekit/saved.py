@@ -20,6 +20,7 @@ from saekit.files.paths import as_path
 from saekit.files.strict_json import read_object
 from saekit.hub_files import HubRepository
 from saekit.reasons import reason
+from saekit.shapes import by_shapes
 from saekit.site import Site, Sites
 from saekit.values import Ports
 
@@ -63,6 +64,8 @@ class PretrainedSAE:
     """What the files call by another name than saekit does: their names to saekit's."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict)
     """What is known already of where it is from; a loader leaves it out."""
+
+    __repr__ = by_shapes
 
 
 @attrs.frozen

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, TypeAlias
 import attrs
 
 from saekit.errors import ConfigError
+from saekit.forwards import Forward, Replacement, Want
+from saekit.shapes import by_shapes
 from saekit.site import Site, Sites
 
 if TYPE_CHECKING:
@@ -25,37 +27,6 @@ __all__ = [
 ]  # fmt: skip
 
 _SCALED = "expected_average_only_in"
-
-Replacement: TypeAlias = "Callable[[Tensor], Tensor]"
-"""Takes what a hook holds, ``[b, t, ...]``, and returns what the model shall go on with, of the same shape."""
-Want: TypeAlias = Literal["held", "loss", "logits"]
-"""What a forward is for beside what its hooks hold: nothing else, the loss, or the logits."""
-
-
-@attrs.frozen(eq=False)
-class Forward:
-    """What one forward gave."""
-
-    held: Mapping[str, Tensor]
-    """What each hook that was read holds, ``[b, t, ...]``, before anything was put in its place."""
-    _loss: Tensor | None = None
-    _logits: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        """Next-token cross-entropy in nats, ``[b, t - 1]``, of a forward that was asked for it."""
-        return _asked_for(self._loss, "loss")
-
-    @property
-    def logits(self) -> Tensor:
-        """``[b, t, d_vocab]``, of a forward that was asked for them."""
-        return _asked_for(self._logits, "logits")
-
-
-def _asked_for(value: Tensor | None, what: str) -> Tensor:
-    if value is None:
-        raise ValueError(f"this forward was not asked for its {what}: run(..., want={what!r})")
-    return value
 
 
 @attrs.frozen(eq=False)
@@ -71,6 +42,8 @@ class Batch:
     """``[n]`` positions in the context."""
     counts: tuple[int, ...] = attrs.field(default=(), kw_only=True)
     """Of processes that split a batch, whose part this is: the rows of each.  Empty: this is the whole batch."""
+
+    __repr__ = by_shapes
 
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
@@ -231,6 +204,8 @@ class StepInput:
     backend: Any = None
     """The :class:`saekit.protocols.ModelBackend` of the run, where there is one: for losses of the model's outputs."""
 
+    __repr__ = by_shapes
+
     def target_for(self, x: Tensor) -> Tensor:
         """:attr:`target`, or ``x``."""
         return x if self.target is None else self.target
@@ -250,6 +225,8 @@ class StepOutput(NamedTuple):
     """Coefficients at this step, such as ``l1_coefficient``; tensors are scalars."""
     metrics: Mapping[str, float | Tensor] = {}
     """The architecture's own metrics, logged under these names; tensors are scalars."""
+
+    __repr__ = by_shapes
 
 
 Scale: TypeAlias = float | Mapping[str, float]

@@ -183,10 +183,13 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     assert own(graph()["saekit.abilities"]) <= travels | parts
     assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
-    assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site"}
+    assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site", "saekit.forwards", "saekit.shapes"}
+    assert own(graph()["saekit.forwards"]) <= {"saekit.shapes"}
+    assert own(graph()["saekit.shapes"]) <= {"saekit.plugins.text"}
     assert own(graph()["saekit.measuring"]) <= {
         "saekit.kernels.sparse",
         "saekit.reasons",
+        "saekit.shapes",
         "saekit.site",
         "saekit.tables",
         "saekit.values",
@@ -198,6 +201,7 @@ def test_protocols_import_nothing_that_they_describe() -> None:
         "saekit.defaults",
         "saekit.hub_files",
         "saekit.reasons",
+        "saekit.shapes",
         "saekit.legacy",
         "saekit.weights",
     }

@@ -78,6 +78,6 @@ def odd_tokens(tokens: Tensor, backend: ModelBackend) -> str | None:
         return None
     where = ((tokens < 0) | (tokens >= backend.d_vocab)).nonzero()[0].tolist()
     return (
-        f"the token id {int(tokens[tuple(where)])} at {where} is none of the model {backend.name!r}, whose ids are 0 to "
-        f"{backend.d_vocab - 1:,}; its own tokenizer's are model.tokenize(text)"
+        f"the token id {int(tokens[tuple(where)])} at {where} is none of the model {backend.name!r}, whose ids are 0 "
+        f"to {backend.d_vocab - 1:,}; its own tokenizer's are model.tokenize(text)"
     )

@@ -49,6 +49,11 @@ class _OneBlock(AbstractContextManager[_T]):
     def __init__(self, context: AbstractContextManager[_T]) -> None:
         self._context, self._entered = context, False
 
+    def __repr__(self) -> str:
+        if self._entered:
+            return "<saekit.splice(...), whose with block has begun: use what it gave>"
+        return "<saekit.splice(...), which does nothing yet: with saekit.splice(model, saes) as spliced: ...>"
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from saekit.devices import sent
 from saekit.precision import current_precision
+from saekit.shapes import by_shapes
 from saekit.site import Site
 from saekit.values import Batch
 
@@ -59,6 +60,8 @@ class MadeBatch(Batch):
     """``[rows]``: the number of each row's token among those of the forward, ``context * context_size + position``."""
     sums: Tensor
     """``[rows]`` int64: see :func:`row_sums`."""
+
+    __repr__ = by_shapes
 
 
 # ---- checksums

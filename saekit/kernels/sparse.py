@@ -19,6 +19,7 @@ from torch.nn.functional import embedding_bag
 
 from saekit.devices import at_hand
 from saekit.kernels.private_torch import entry_products
+from saekit.shapes import by_shapes
 
 __all__ = ["IN_CACHE", "SparseFeatures", "segment_sums"]
 
@@ -53,6 +54,8 @@ class SparseFeatures:
     """Rows."""
     d_sae: int
     """Features."""
+
+    __repr__ = by_shapes
 
     def __len__(self) -> int:
         return len(self.rows)

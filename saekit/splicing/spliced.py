@@ -22,6 +22,7 @@ from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.reasons import alike
 from saekit.sae.hooks import Watch
+from saekit.site import Site
 from saekit.splicing.attachment import Attachment, Passing
 from saekit.splicing.doubts import begin_with_bos, doubt_of_bos
 from saekit.values import Forward, Replacement, Want
@@ -82,7 +83,8 @@ class Spliced:
             return f"<Spliced: {self.backend.name!r}, as it was>"
         saes = [
             f"  {one.name}: {type(one.sae).__name__} of {one.sae.d_sae:,} features"
-            + ("" if one.sites.same else f", writes {' and '.join(site.name for site in one.sites.targets)}")
+            + ("" if (read := _names(one.sites.inputs)) == one.name else f", reads {read}")
+            + ("" if one.sites.same else f", writes {_names(one.sites.targets)}")
             + (", with its error term" if one.use_error_term else "")
             for one in self.attachments
         ]
@@ -105,7 +107,7 @@ class Spliced:
 
     @property
     def held(self) -> Mapping[str, Tensor]:
-        """What the inner points named by ``read`` of :func:`saekit.splice` held in the last forward, as far as it came."""
+        """What the points of ``read`` of :func:`saekit.splice` held in the last forward, as far as it came."""
         return self._held
 
     @contextmanager
@@ -304,6 +306,13 @@ class Spliced:
         for hook in hooks:
             if hook not in known:
                 raise no_hook(self.backend, hook)
+
+
+def _names(sites: Sequence[Site]) -> str:
+    return " and ".join(
+        one.hook_name if one.hook_head_index is None else f"head {one.hook_head_index} of {one.hook_name}"
+        for one in sites
+    )
 
 
 class _Held(dict[str, Tensor]):

@@ -12,6 +12,7 @@ from support.spliced import TOKENS, place
 
 import saekit
 from saekit.errors import ConfigError, ModelError
+from saekit.testing import FakeBackend
 from saekit.tokens import TokenChoice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -169,3 +170,27 @@ def test_copies_that_are_made_outside_are_as_the_model() -> None:
         for made in (before, copy.deepcopy(there.model)):
             found = made(TOKENS)
             assert torch.equal(getattr(found, "logits", found), getattr(expected, "logits", expected))
+
+
+def test_what_has_not_been_opened_says_how() -> None:
+    context = saekit.splice(FakeBackend(), at(drawn_sae(8), "blocks.0.hook_resid_post"))
+    assert (
+        repr(context) == "<saekit.splice(...), which does nothing yet: with saekit.splice(model, saes) as spliced: ...>"
+    )
+    with context:
+        assert repr(context) == "<saekit.splice(...), whose with block has begun: use what it gave>"
+
+
+def test_a_splice_says_what_each_sae_reads() -> None:
+    head, whole = saekit.Site(hook_name="blocks.0.attn.hook_z", hook_head_index=1), "blocks.0.hook_resid_post"
+    saes = {"mine": at(drawn_sae(4), head), whole: at(drawn_sae(8), whole)}
+    with saekit.splice(FakeBackend(), saes) as spliced:
+        assert repr(spliced).splitlines() == [
+            "<Spliced: 'fake' with",
+            "  mine: StandardSAE of 24 features, reads head 1 of blocks.0.attn.hook_z",
+            f"  {whole}: StandardSAE of 24 features>",
+        ]
+    with saekit.splice(FakeBackend(), saes["mine"]) as spliced:
+        assert "  blocks.0.attn.hook_z: StandardSAE of 24 features, reads head 1 of blocks.0.attn.hook_z>" in repr(
+            spliced
+        )

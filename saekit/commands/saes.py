@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from saekit.released import Release, ReleasedSAE
 if TYPE_CHECKING:
     from saekit.pretrained.sae import SAE
 
-__all__ = ["converted", "info", "info_text", "listed", "published", "table", "verified"]
+__all__ = ["converted", "found_release", "info", "info_text", "listed", "published", "table", "verified"]
 
 _NEURONPEDIA = "https://www.neuronpedia.org/"
 
@@ -122,6 +123,16 @@ def info(release: Release, sae: ReleasedSAE | None = None, *, hook: str | None =
             facts = [one for one in facts if one["hook_name"] in fitting]
         return about | {"saes": facts}
     return about | _facts(release, sae)
+
+
+def found_release(name: str, files: Sequence[str]) -> Release:
+    """The release called ``name``; :class:`UnknownKeyError` of a path that is there says what shows that."""
+    try:
+        return Catalog(files).find(name)
+    except UnknownKeyError as error:
+        if as_path(name).exists():
+            error.add_note(printable(f"{name} is a path here: saekit show {shlex.quote(name)} shows what it is"))
+        raise
 
 
 def _facts(release: Release, sae: ReleasedSAE) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from saekit.commands.measured import measured_on
+from saekit.commands.show_foreign import show_foreign
 from saekit.errors import PlaceError, StorageError
 from saekit.files.checksums import stated_weights
 from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_WEIGHTS
@@ -29,6 +30,7 @@ from saekit.reports.table import run_table
 from saekit.runs.checkpoints import MANIFEST
 from saekit.runs.from_memory import IN_MEMORY, OPTIONS
 from saekit.runs.place import RECORD
+from saekit.saved import WEIGHT_FILES
 
 __all__ = ["show"]
 
@@ -230,22 +232,37 @@ def _show_other(folder: Path, console: Console) -> None:
     if (folder / MANIFEST).exists():
         run = folder.resolve().parent.parent
         raise PlaceError(f"{folder} is a checkpoint; saekit show {_quoted(run)} shows its run")
-    if any((folder / name).exists() for name in (SAE_CONFIG, SAE_WEIGHTS)):
+    if _is_described(folder):
         _show_sae(folder, console)
+        return
+    if folder.is_file() and folder.name.lower().endswith(WEIGHT_FILES):
+        show_foreign(folder, console)
         return
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "is not there"
         raise PlaceError(f"{folder} {what}; give a run folder, as `saekit train` prints it, or a folder with an SAE")
     runs = [path.parent for path in folder.glob(f"*/{RECORD}")]
-    if not runs:
-        raise PlaceError(
-            f"there is neither a run ({RECORD}) nor an SAE ({SAE_CONFIG}) in {folder}, nor are there folders of runs"
-        )
-    _show_runs(folder, runs, console)
+    if runs:
+        _show_runs(folder, runs, console)
+        return
+    show_foreign(folder, console)
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether ``cfg.json`` says what the SAE is, as saekit writes it, or is all there is; or is damaged."""
+    if not (folder / SAE_CONFIG).exists():
+        return (folder / SAE_WEIGHTS).exists() and not (folder / "config.json").exists()
+    try:
+        table = read_json(folder / SAE_CONFIG)
+    except (OSError, ValueError):
+        return True  # which is said
+    if not isinstance(table, Mapping) or "saekit" in table:
+        return True
+    return "d_sae" in table and not (folder / SAE_WEIGHTS).exists()
 
 
 def _show_sae(folder: Path, console: Console) -> None:
-    """A folder with an SAE alone, of saekit or of another library."""
+    """A folder with an SAE alone, as its ``cfg.json`` says."""
     try:
         table = read_json(folder / SAE_CONFIG)
     except (OSError, ValueError) as error:

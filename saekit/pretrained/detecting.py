@@ -19,13 +19,21 @@ from saekit.protocols import PretrainedLoader
 from saekit.reasons import error_text
 from saekit.saved import PretrainedSAE, SAEFiles
 
-__all__ = ["Score", "detected", "read_with", "recognized", "usable"]
+__all__ = ["Score", "UnrecognizedError", "detected", "read_with", "recognized", "usable"]
 
 
 Score: TypeAlias = tuple[float, Registered]
 """How sure a loader is, above 0 and up to 1."""
 _LIKELY = 0.5, 0.75
 """From where to where a loader finds it likely that files are of its format, and is not sure."""
+
+
+class UnrecognizedError(SAEFormatError):
+    """No loader recognizes some files.  ``hint`` says what they look like all the same; empty: nothing."""
+
+    def __init__(self, text: str, hint: str) -> None:
+        super().__init__(text)
+        self.hint = hint
 
 
 def usable(item: Registered) -> bool:
@@ -62,8 +70,8 @@ def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score
 def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
     """The loader that is surest that ``files`` are of its format.
 
-    A warning says that another one may be right, and :class:`SAEFormatError` that several are equally sure, or what
-    none of them finds.
+    A warning says that another one may be right.  :class:`SAEFormatError` for several that are equally sure, and
+    :class:`UnrecognizedError` where there is none.
     """
     items = [item for item in plugins.registry(PRETRAINED_LOADERS).items if usable(item)]
     found, failed = recognized(items, files)
@@ -80,16 +88,19 @@ def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
             + "Name one: loader=..."
         )
     if pointers := files.pointers():
-        raise SAEFormatError(
-            f"no loader recognizes {files.place}, where pointers of git-LFS are in the place of "
-            f"{', '.join(pointers[:10])}: `git lfs pull` in that repository fetches them"
+        hint = (
+            f"pointers of git-LFS are there in the place of {', '.join(pointers[:10])}: `git lfs pull` in that "
+            "repository fetches the files"
         )
+        raise UnrecognizedError(f"no loader recognizes {files.place}: {hint}", hint)
     shown = ", ".join(sorted(files.names)[:10]) or "no files"
     nearly, failures = _nearly_recognized(items, files)
-    what = "; or ".join(nearly) or f"there are {names}; name one: loader=..."
-    raise SAEFormatError(
+    hint = "; or ".join(nearly)
+    what = hint or f"there are {names}; name one: loader=..."
+    raise UnrecognizedError(
         f"no loader recognizes {files.place}, which has {shown}. {what[0].upper()}{what[1:]}"
-        + "".join(f"\n{text}" for text in (*failed, *failures))
+        + "".join(f"\n{text}" for text in (*failed, *failures)),
+        hint,
     )
 
 

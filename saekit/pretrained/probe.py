@@ -74,7 +74,8 @@ def _check_probe_is_there(files: SAEFiles) -> None:
     if SAE_PROBE not in files.names:
         raise SAEFormatError(
             f"{files.place} has no {SAE_PROBE}, so that there is nothing to compare the SAE with; saekit writes one "
-            "when it saves an SAE"
+            "when it saves an SAE. `saekit show` says whether it can be read all the same, and `saekit saes convert` "
+            "makes a folder of it that has a probe"
         )
 
 

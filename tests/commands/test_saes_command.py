@@ -13,7 +13,7 @@ from support import warm
 from support.command import cli
 
 import saekit
-from saekit.commands.saes import info, info_text, listed, table
+from saekit.commands.saes import found_release, info, info_text, listed, table, verified
 from saekit.errors import SAEFormatError, UnknownKeyError
 from saekit.pretrained.catalog import Catalog, find_sae
 from saekit.pretrained.hooks_of import hook_of
@@ -40,6 +40,18 @@ def test_the_list_is_narrowed(catalog: Catalog) -> None:
     assert len(listed(catalog, hook="hook_embed")) == 2
     assert len(listed(catalog, model="gpt2-small", hook="hook_resid_mid")) == 2, "a hook without its block"
     assert listed(catalog, model="llama-3.1-8b-instruct") == listed(catalog, model="meta-llama/Llama-3.1-8B-Instruct")
+
+
+def test_a_folder_is_no_release_and_has_no_probe(tmp_path: Path) -> None:
+    folder = Path(__file__).parents[1] / "fixtures/goodfire"
+    with pytest.raises(UnknownKeyError, match="there is no release") as error:
+        found_release(str(folder), ())
+    assert error.value.__notes__ == [f"{folder} is a path here: saekit show {folder} shows what it is"]
+    with pytest.raises(UnknownKeyError, match="there is no release") as error:
+        found_release(str(tmp_path / "nowhere"), ())
+    assert not getattr(error.value, "__notes__", [])
+    with pytest.raises(SAEFormatError, match="has no probe.safetensors, .* `saekit saes convert` makes a folder of it"):
+        verified(str(folder), None)
 
 
 def hooks_of(rows: list[dict[str, Any]], catalog: Catalog) -> set[str | None]:

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from support.bad_forms import FORMS, good
 from support.command import cli
+from support.formats import GIVEN
 from support.written import records, write_run, write_sweep
 
 import saekit
 from saekit.commands.show import show
-from saekit.errors import PlaceError, StorageError
+from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.storage import locked
 from saekit.reports import draw_pictures
 
@@ -191,6 +193,38 @@ def test_a_saved_sae(tmp_path: Path) -> None:
         (tmp_path / "cfg.json").write_text(data)
         with pytest.raises(StorageError, match=told):
             shown(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted({*FORMS} - {*GIVEN}))
+def test_an_sae_of_another_library(tmp_path: Path, name: str) -> None:
+    """Whatever ``SAE.load`` loads."""
+    folder = good(FORMS[name], tmp_path / ("transcoders" if name == "gemma_2_transcoder" else "gemma-scope-2b"))
+    sae = saekit.SAE.load(folder)
+    text = shown(folder)
+    lines = [line.split() for line in text.splitlines()]
+    assert ["features", f"{sae.d_sae:,}"] in lines
+    assert ["architecture", sae.info.architecture] in lines
+    assert sae.info.sites is None or sae.info.sites.inputs[0].hook_name in text
+    assert f"sae = saekit.SAE.load({str(folder)!r})" in text
+    if name != "saekit":
+        assert f"format         {sae.info.provenance['loader']}: " in text
+        assert f"saekit saes convert {folder} FOLDER --to saekit" in text
+
+
+def test_one_file_of_weights_and_what_is_damaged(tmp_path: Path) -> None:
+    folder = good(FORMS["goodfire"], tmp_path)
+    file = folder / FORMS["goodfire"].weights
+    assert "site           blocks.19.hook_resid_post" in shown(file)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SAEFormatError, match="it is cut off"):
+        shown(folder)
+    with pytest.raises(PlaceError, match="folders of runs; it looks like a folder of .* lacks ae.pt besid"):
+        shown(_without(good(FORMS["dictionary_learning"], tmp_path / "b"), "ae.pt"))
+
+
+def _without(folder: Path, name: str) -> Path:
+    (folder / name).unlink()
+    return folder
 
 
 def test_several_runs(tmp_path: Path) -> None:

@@ -106,10 +106,10 @@ def show_release(
     as_json: _Json = False,
 ) -> None:
     """Show what is known of a release and its SAEs, or of one of them, and how it is loaded."""
-    from saekit.commands.saes import info, info_text
-    from saekit.pretrained.catalog import Catalog, find_sae
+    from saekit.commands.saes import found_release, info, info_text
+    from saekit.pretrained.catalog import find_sae
 
-    found = Catalog(releases or ()).find(release)
+    found = found_release(release, releases or ())
     if sae_id is not None and hook is not None:
         raise typer.BadParameter("an ID names one SAE already: leave --hook out", param_hint="--hook")
     data = info(found, None if sae_id is None else find_sae(found, sae_id), hook=hook)

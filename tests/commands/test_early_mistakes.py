@@ -48,8 +48,8 @@ NO_MODEL = f"there is no model folder {NOT_THERE} (model.name)"
 NO_CACHE = "the activation cache 'nowhere' is not there. `saekit cache run.toml` writes one"
 NO_FOLDER = "Not a directory: "
 TAKEN = (
-    "checkpoints.name: the folder runs/taken exists already. It is empty, and a run makes its own, so that no other takes "
-    "it; choose another name, or remove it"
+    "checkpoints.name: the folder runs/taken exists already. It is empty, and a run makes its own, so that no other "
+    "takes it; choose another name, or remove it"
 )
 
 # The command, its exit code, and what it must say.

@@ -55,18 +55,18 @@ def check_store(what: object, folder: str | Path | None, asked: Mapping[str, Any
     if place is None or not (place / MANIFEST).is_file():
         return
     if lines := [*_unlike(StoreManifest.load(place), asked)]:
-        raise DataError(another(place, "another feature store", lines))
+        raise DataError(another(place, lines))
 
 
 def _unlike(there: StoreManifest, asked: Mapping[str, Any]) -> Iterator[str]:
     number, size = asked.get("n_contexts"), asked.get("context_size")
     if isinstance(number, int) and number < there.contexts:  # of more, a text may have no more than there are
-        yield f"contexts.number: there {there.contexts}, wanted {number}"
+        yield f"n_contexts: there {there.contexts}, wanted {number}"
     if isinstance(size, int) and size != there.context_size:
-        yield f"contexts.size: there {there.context_size}, wanted {size}"
+        yield f"context_size: there {there.context_size}, wanted {size}"
     for name, value in there.options.items():
         if asked.get(name, value) not in (value, None):
-            yield f"options.{name}: there {value}, wanted {asked[name]}"
+            yield f"{name}: there {value}, wanted {asked[name]}"
 
 
 def _paths(saes: object) -> Iterator[str | Path]:

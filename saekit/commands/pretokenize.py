@@ -129,7 +129,7 @@ def _opened(
     checks: list[Callable[[], object]] = []
     if config.tokenizer is not None:
         check_tokenizer(config.tokenizer)
-        tokenizer = _named_tokenizer(config.tokenizer)
+        tokenizer = _named_tokenizer(config.tokenizer, plugins)
     else:
         backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
         tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
@@ -146,12 +146,15 @@ def _opened(
     return tokenizer, opened[0]
 
 
-def _named_tokenizer(name: str) -> Any:
+def _named_tokenizer(name: str, plugins: PluginManager) -> Any:
+    """Of a folder, of a model that comes with a backend, or of the Hub."""
     with uncollected():
         from transformers import AutoTokenizer
-    with within_reach(unless=name):
+    backends = [item.entry for item in plugins.registry(MODEL_BACKENDS).items]
+    folder = next((entry.ships[name] for entry in backends if name in entry.ships), name)
+    with within_reach(unless=str(folder)):
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # the library raises whatever the files of a tokenizer make it stumble on
             raise ModelError(f"the tokenizer {name!r} cannot be loaded: {reason(error)}") from error
 

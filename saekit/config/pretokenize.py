@@ -23,7 +23,8 @@ class PretokenizeConfig:
     model: ModelConfig = attrs.field(factory=ModelConfig)
     """The model whose tokenizer is used, unless `tokenizer` names another."""
     tokenizer: str | None = path_field(None)
-    """A Hugging Face tokenizer, by its folder or name on the Hub; no model is loaded then."""
+    """A Hugging Face tokenizer, by its folder, its name on the Hub, or that of a model that ships with saekit or a
+    plugin; no model is loaded then."""
     folder: str | None = path_field(None)
     """The folder to write, which must be new.  Training reads it with `dataset.path`."""
     hub_repo_id: str | None = None

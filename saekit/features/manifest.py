@@ -48,6 +48,12 @@ __all__ = [
 
 MANIFEST, FORMAT = "manifest.json", 2
 ANEW = "Collect the features again (overwrite=True of saekit.collect_features, saekit features --overwrite)"
+_WORDS = {
+    "number": "n_contexts", "size": "context_size", "digest": "the contexts (a checksum)",
+    "mask": "the mask (a checksum)", "fingerprint": "the weights (a checksum)", "checksum": "the weights (a checksum)",
+}  # fmt: skip
+"""What people call what a manifest has."""
+_CHECKSUMS = (".digest", ".mask", ".fingerprint", ".checksum")
 _BESIDE = ("contexts.safetensors", "vocabulary.json")
 _SMALL = 1 << 26  # bytes of files that are summed whenever a store is opened
 
@@ -196,14 +202,31 @@ def is_store(folder: Path) -> bool:
     return isinstance(table, dict) and {"format", "saes", "context_size"} <= set(table)
 
 
-def differences(there: Mapping[str, Any], wanted: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Where two identities differ, a line for each."""
+def differences(there: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Where two identities differ, a line for each: first what was asked for, then checksums, where they say more."""
+    found = dict(_differing(there, wanted))
+    if {"contexts.number", "contexts.size"} & {*found}:
+        found.pop("contexts.digest", None)  # of other contexts it is another, of course
+    ordered = sorted(found, key=lambda name: name.endswith(_CHECKSUMS))
+    return [f"{_in_words(name)}: there {found[name][0]}, wanted {found[name][1]}" for name in ordered]
+
+
+def _in_words(name: str) -> str:
+    """As the argument, where there is one, by which it is asked for."""
+    section, _, own = name.rpartition(".")
+    own = _WORDS.get(own, own)
+    return own if section in ("", "options", "contexts") else f"{own} of {section.replace('.', ' ')}"
+
+
+def _differing(
+    there: Mapping[str, Any], wanted: Mapping[str, Any], path: str = ""
+) -> Iterator[tuple[str, tuple[str, str]]]:
     for key in dict.fromkeys([*there, *wanted]):
         one, other, name = there.get(key), wanted.get(key), f"{path}{key}"
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            yield from differences(one, other, f"{name}.")
+            yield from _differing(one, other, f"{name}.")
         elif one != other:
-            yield f"{name}: there {_shown(one)}, wanted {_shown(other)}"
+            yield name, (_shown(one), _shown(other))
 
 
 def _shown(value: Any) -> str:

@@ -76,7 +76,7 @@ class Parts:
                 f"saekit. {_BEGIN}"
             )
         if lines := [*differences(table["identity"], identity)]:
-            raise DataError(another(store, "the beginning of another feature store", lines))
+            raise DataError(another(store, lines, begun=True))
         found = cls(folder, identity, list(table["parts"]), int(table["contexts"]), dict(table["files"]))
         found._check()
         return found

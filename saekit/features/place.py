@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from pathlib import Path
@@ -112,14 +113,21 @@ def opened_for(store: Path, wanted: StoreManifest) -> StoreManifest | None:
         return None
     found = StoreManifest.load(store)
     if lines := [*differences(found.identity, wanted.identity)]:
-        raise DataError(another(store, "another feature store", lines))
+        raise DataError(another(store, lines))
     return found
 
 
-def another(store: Path, what: str, lines: Sequence[str]) -> str:
-    """That ``store`` holds something else than is wanted, and what."""
+def another(store: Path, lines: Sequence[str], *, begun: bool = False) -> str:
+    """That ``store`` holds something else than is wanted, or what has ``begun`` to be that, and what can be done."""
     listed = "\n".join(f"  - {line}" for line in lines[:12])
-    return f"{str(store)!r} holds {what}:\n{listed}\nChoose another folder. To replace it: {ANEW[0].lower()}{ANEW[1:]}"
+    place, beside = str(store), str(store.with_name(f"{store.name}-2"))
+    what = "the beginning of another feature store" if begun else "another feature store"
+    shown = "" if begun else f"To look at it, name that folder (saekit dashboard {shlex.quote(place)}). "
+    return (
+        f"{place!r} holds {what}, which was collected before, for a dashboard or by itself:\n{listed}\n{shown}To keep "
+        f"it, collect into another folder: folder={beside!r}, --folder {shlex.quote(beside)}. To replace it: "
+        f"{ANEW[0].lower()}{ANEW[1:]}"
+    )
 
 
 def put_files(store: Path, new: Path) -> None:

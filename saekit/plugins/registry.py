@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
@@ -50,6 +51,9 @@ class Entry:
     timed: bool = True
     """Of a model backend: whether `saekit plan` loads a second copy of a model to time it beside the backend that was
     chosen.  False of one that is never the quickest."""
+    ships: Mapping[str, Path] = attrs.field(factory=dict, hash=False)
+    """Of a model backend: the models that come with its plugin, by name, each with its folder, which has a Hugging Face
+    tokenizer: by such a name `saekit pretokenize` finds that, without the model."""
     serves: Sequence[str] = ()
     """Of a step kernel: the qualified keys of the architectures that it is for, such as ``saekit:topk``."""
 

@@ -14,6 +14,7 @@ from saekit.config import TrainConfig
 from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.files.names import fault_of_name, made_name
 from saekit.files.paths import here, steady
+from saekit.runs.place import RECORD
 
 __all__ = ["RunFolderLostError", "Standing", "check_run_folder", "rescue_folder", "run_folder"]
 
@@ -40,9 +41,24 @@ def check_run_folder(config: TrainConfig, name: str | None) -> None:
     except OSError as error:
         raise ConfigError([("checkpoints.folder", f"{where!r} cannot be used: {error.strerror}")]) from error
     if name is not None:
-        raise ConfigError(
-            [("checkpoints.name", f"the run folder {folder} exists already; choose another name, or remove it")]
-        )
+        raise ConfigError([("checkpoints.name", f"{_what_is_there(folder)}; choose another name, or remove it")])
+
+
+def _what_is_there(folder: Path) -> str:
+    """What is in the place of a new run folder, in words."""
+    if folder.is_symlink() or not folder.is_dir():
+        return f"{folder} exists already, and is {'a link' if folder.is_symlink() else 'a file'}, not a folder"
+    with contextlib.suppress(OSError):
+        there = sorted(path.name for path in folder.iterdir())
+        if not there:
+            # To make it is how a run claims it: of two that found it empty, neither could tell whose it is.
+            return (
+                f"the folder {folder} exists already. It is empty, and a run makes its own, so that no other takes it"
+            )
+        if RECORD not in there:
+            listed = ", ".join(there[:3]) + (" ..." if len(there) > 3 else "")
+            return f"the folder {folder} exists already, and is no run's: it holds {listed}"
+    return f"the run folder {folder} exists already"
 
 
 def _is_unicode(text: str) -> bool:

@@ -34,9 +34,9 @@ def test_what_may_be_the_same_store_is_left_to_those_who_read_the_text(run: Path
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"n_contexts": 5}, "contexts.number: there 800, wanted 5"),
-        ({"context_size": 32}, "contexts.size: there 64, wanted 32"),
-        ({"seed": 1, "partners": 2}, "options.partners: there 20, wanted 2"),
+        ({"n_contexts": 5}, "n_contexts: there 800, wanted 5"),
+        ({"context_size": 32}, "context_size: there 64, wanted 32"),
+        ({"seed": 1, "partners": 2}, "partners: there 20, wanted 2"),
     ],
 )
 def test_a_store_that_surely_is_another_is_refused(run: Path, asked: Any, told: str) -> None:

@@ -48,7 +48,7 @@ def test_the_command_collects_once_and_says_how_to_open_the_page(folder: Path, t
     assert (store.n_contexts, len(store.sae)) == (6, 64)
     run(folder / "features", "--out", tmp_path / "other.html", "--random", 3)
     assert is_dashboard(tmp_path / "other.html")
-    with pytest.raises(DataError, match=r"contexts.number: there 6, wanted 7"):
+    with pytest.raises(DataError, match=r"n_contexts: there 6, wanted 7\nTo look at it, .*--folder \S+features-2"):
         run(folder, "--n-contexts", "7", "--device", "cpu")
 
 

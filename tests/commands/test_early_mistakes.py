@@ -47,7 +47,10 @@ NO_TEXT = f"there is no file or folder {NOT_THERE} (dataset.path)"
 NO_MODEL = f"there is no model folder {NOT_THERE} (model.name)"
 NO_CACHE = "the activation cache 'nowhere' is not there. `saekit cache run.toml` writes one"
 NO_FOLDER = "Not a directory: "
-TAKEN = "checkpoints.name: the run folder runs/taken exists already; choose another name, or remove it"
+TAKEN = (
+    "checkpoints.name: the folder runs/taken exists already. It is empty, and a run makes its own, so that no other "
+    "takes it; choose another name, or remove it"
+)
 
 # The command, its exit code, and what it must say.
 MISTAKES: list[tuple[str, int, str]] = [

@@ -353,6 +353,13 @@ def test_a_model_without_a_tokenizer(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "c/saekit.json").read_text())["vocab_size"] == 2048
 
 
+def test_the_tokenizer_of_a_model_that_ships_with_a_plugin(tmp_path: Path) -> None:
+    saekit.pretokenize(options(tmp_path / "c", tokenizer="saekit/tiny-python", max_contexts=5), dataset=RECORDS)
+    saekit.pretokenize(options(tmp_path / "d", max_contexts=5), dataset=RECORDS)
+    made, same = (json.loads((tmp_path / name / "saekit.json").read_text()) for name in "cd")
+    assert made == same | {"tokenizer": "saekit/tiny-python"}
+
+
 def test_progress(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saekit.pretokenize(options(tmp_path / "a", verbose=True, max_contexts=5), dataset=RECORDS)
     shown = capfd.readouterr()

@@ -167,7 +167,7 @@ def test_a_store_is_collected_once_and_then_opened(contexts: torch.Tensor, tmp_p
     assert saekit.dashboard(sae, device="cpu", **place).read_bytes() == first, "without a model"
     assert saekit.dashboard(tmp_path / "store", features=[1]).read_bytes() == first
 
-    with pytest.raises(DataError, match=r"contexts\.number: (.*\n)*.*saekit features --overwrite"):
+    with pytest.raises(DataError, match=r"n_contexts: (.*\n)*.*saekit features --overwrite"):
         saekit.dashboard(sae, overwrite=True, **asked | {"contexts": contexts[:1]}, **place)
     with pytest.raises(ConfigError, match="overwrite: replaces no feature store here"):
         saekit.show_feature(sae, 1, overwrite=True, folder=tmp_path / "store", verbose=False)

@@ -62,7 +62,7 @@ def test_a_function_of_tokens_is_a_mask(saes: Any, collect: Any, contexts: torch
 
 def test_a_store_of_another_mask_is_another(masked: Any, saes: Any, collect: Any, mask: torch.Tensor) -> None:
     assert collect(saes, masked.folder, mask=mask).manifest == masked.manifest
-    with pytest.raises(DataError, match=r"contexts\.mask: there .*, wanted none"):
+    with pytest.raises(DataError, match=r"the mask \(a checksum\): there .*, wanted none"):
         collect(saes, masked.folder)
 
 

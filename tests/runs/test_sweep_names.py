@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from support.sweeps import Changes, changed, fake, kept, manager, train
 
 import saekit
 from saekit.errors import ConfigError
+from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import changed_options, member_names, short_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -180,3 +182,22 @@ def test_names_that_cannot_be(name: str) -> None:
 def test_names_that_are_neither_one_nor_all_different(given_names: tuple[str | None, ...]) -> None:
     with pytest.raises(ConfigError, match="must be the same for all, to name the sweep, or different for all"):
         names(*({"checkpoints": {"name": name}} for name in given_names))
+
+
+def test_what_is_in_the_place_of_a_run_folder_is_said(tmp_path: Path) -> None:
+    for name in ("empty", "notes", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "notes" / "a.txt").touch()
+    (tmp_path / "run" / "run.json").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, told in (
+        ("empty", f"the folder {tmp_path}/empty exists already. It is empty, and a run makes its own, so that no other "
+                  "takes it; choose another name, or remove it"),
+        ("notes", f"the folder {tmp_path}/notes exists already, and is no run's: it holds a.txt; choose another"),
+        ("run", f"the run folder {tmp_path}/run exists already; choose another name, or remove it"),
+        ("file", f"{tmp_path}/file exists already, and is a file, not a folder; choose"),
+        ("link", f"{tmp_path}/link exists already, and is a link, not a folder; choose"),
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match=f"checkpoints.name: {re.escape(told)}"):
+            check_run_folder(saekit.load_config({"checkpoints": {"folder": str(tmp_path)}}), name)

@@ -266,6 +266,7 @@ def saekit_register_model_backends() -> Iterable[Entry]:
         precheck=_precheck,
         outline=_outline,
         timed=has_hooked_transformer(),  # else it is a bridge
+        ships=EMBEDDED,
     )
 
 

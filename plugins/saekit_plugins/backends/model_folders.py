@@ -86,6 +86,7 @@ def unknown_name(name: str, error: Exception) -> str:
 
 def load_tokenizer(name: str | Path, revision: str = "main") -> Any:
     """A Hugging Face tokenizer; no code that comes with one is run."""
+    name = EMBEDDED.get(str(name), name)
     with uncollected():
         from transformers import AutoTokenizer
     with within_reach(unless=name), loading(f"the tokenizer {str(name)!r}"):

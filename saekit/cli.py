@@ -6,11 +6,13 @@ Nothing here imports torch before a command needs it.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from saekit._version import __version__
 from saekit.commands.terminal import (
@@ -43,8 +45,20 @@ from saekit.errors import PluginWarning, SaekitError
 
 __all__ = ["app", "main"]
 
+
+class _Commands(TyperGroup):
+    def invoke(self, ctx: Any) -> Any:
+        """The command; after Ctrl-C a word, which typer does not say, where the command has said none itself."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            last_words(error, str(error) or "interrupted")
+            raise typer.Exit(128 + signal.SIGINT) from error
+
+
 app = typer.Typer(
     name="saekit",
+    cls=_Commands,
     help="Train, load and study sparse autoencoders on language models.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},

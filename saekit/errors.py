@@ -146,5 +146,5 @@ class TrainingInterrupted(KeyboardInterrupt):
             where = f"and a checkpoint could not be saved: {problem}; {on}"
         else:
             where = "there is nothing to save yet"
-        super().__init__(f"interrupted after {step:,} steps ({tokens:,} tokens); {where}")
+        super().__init__(f"interrupted after {step:,} step{'s' * (step != 1)} ({tokens:,} tokens); {where}")
         self.step, self.tokens, self.checkpoint, self.run, self.signal = step, tokens, checkpoint, run, signal

@@ -83,16 +83,15 @@ class ProgressDisplay:
         """``done`` of the total, of which ``before`` were there at the start."""
         now = time.monotonic()
         rate = (done - before) / max(now - self._start, 1e-9)
-        shown_rate = f"{rate:,.0f} {self._unit}/s"
+        shown_rate = _rate_text(rate, self._unit)
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=self.total, rate=shown_rate, text=text)
             return
         self._status.rest()
-        if self.total is None:
-            line = f"{done:,} {self._unit}  {shown_rate}  {text}"
-        else:
-            left = (self.total - done) / max(rate, 1e-9)
-            line = f"{done:,}/{self.total:,} {self._unit}  {shown_rate}  {text}  {left:.0f} s left"
+        parts = [f"{done:,}{'' if self.total is None else f'/{self.total:,}'} {self._unit}", shown_rate, text]
+        if self.total is not None and rate > 0:
+            parts.append(f"{(self.total - done) / rate:,.0f} s left")
+        line = "  ".join(part for part in parts if part)
         if self._picture is None:
             self._lines.offer(line)
         else:
@@ -145,6 +144,15 @@ class Counted:
         """So many more."""
         self._done = min(self._done + count, self._total)
         self._display.update(self._done)
+
+
+def _rate_text(rate: float, unit: str) -> str:
+    """How fast it goes; of what takes long, how long each takes, and nothing where none is done."""
+    if rate <= 0:
+        return ""
+    if rate < 0.1:
+        return f"{1 / rate:,.0f} s each"
+    return f"{rate:,.0f} {unit}/s" if rate >= 9.95 else f"{rate:.1f} {unit}/s"
 
 
 class _BarAboveText(Progress):

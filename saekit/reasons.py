@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection
 
 from saekit.errors import SaekitError
@@ -62,6 +63,25 @@ def last_line(error: BaseException) -> str:
 
 
 def alike(name: str, known: Collection[str]) -> str:
-    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none."""
+    """Those of ``known`` that are spelled alike, as the end of a message; empty where there are none.
+
+    Of names that differ from it in a number alone, as those of blocks do, all are told.
+    """
+    if numbered := _numbered(name, known):
+        of = f"{numbered[0]!r} to {numbered[-1]!r}" if len(numbered) > 1 else repr(numbered[0])
+        return f". There {'are' if len(numbered) > 1 else 'is'} {len(numbered)} of that kind: {of}"
     close = difflib.get_close_matches(name, known, n=3)
     return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _numbered(name: str, known: Collection[str]) -> list[str]:
+    """Those of ``known`` that have another number in one place of their dotted ``name``, by that number."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if not part.isdecimal():
+            continue
+        start, end = ".".join([*parts[:place], ""]), ".".join(["", *parts[place + 1 :]])
+        pattern = re.compile(rf"{re.escape(start)}([0-9]+){re.escape(end)}")
+        if found := [(int(match[1]), one) for one in known if (match := pattern.fullmatch(one))]:
+            return [one for _, one in sorted(found)]
+    return []

@@ -37,8 +37,14 @@ def no_hook(backend: ModelBackend, name: str, *, option: str = "") -> ModelError
     if like is not None:
         hint = f". Did you mean {like!r}? It is what this model calls that place"
     else:
-        hint = alike(name, names) or (f". It has {len(names)} hooks, such as {names[0]!r}" if names else "")
+        hint = alike(name, names) or _some(names)
     return ModelError(f"the model {backend.name!r} has no hook {name!r}{where}{hint}")
+
+
+def _some(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f". It has {len(names)} hooks, such as {names[0]!r}; saekit.load_model(...).hook_names() lists them"
 
 
 class Backend(ABC):

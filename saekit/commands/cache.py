@@ -23,6 +23,7 @@ from saekit.runs.counting import counted_of
 from saekit.runs.opening import open_backend, open_stream, sites_by_option, warn_of
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.spreading import check_alike
+from saekit.runs.timing import bytes_text
 from saekit.status import Status
 
 __all__ = ["write_cache"]
@@ -111,7 +112,8 @@ def _write(
     done, ended = there, writer.manifest.ended
     needed = writer.manifest.bytes_for(-(-max(wanted, there) // most), max(wanted, there))
     with ProgressDisplay(wanted, doing="caching", verbose=verbose) as progress:
-        progress.say(f"{wanted:,} activations of {len(stream.sites)} site(s): {needed / 1e9:,.2f} GB on disk{said}")
+        sites = f"{len(stream.sites)} site{'s' * (len(stream.sites) != 1)}"
+        progress.say(f"{wanted:,} activations of {sites}: {bytes_text(needed)} on disk{said}")
         while done < wanted and not ended:
             asked = min(config.activations.cache.batch_size_prompts, writer.room, -(-(wanted - done) // most))
             contexts = stream.contexts.take(asked)

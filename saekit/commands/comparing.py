@@ -229,7 +229,7 @@ def _png(compared: Comparison) -> bytes | None:
 def _html(compared: Comparison) -> bytes | None:
     from saekit.reports.comparison import comparison_page
 
-    verdicts = compared.verdicts()
+    verdicts = compared.summary()
     told, left = verdicts[:_MOST_VERDICTS], len(verdicts) - _MOST_VERDICTS
     told += [f"and {left:,} more: the last table has all differences"] if left > 0 else []
     lines = [*compared.where, *compared.rules()]

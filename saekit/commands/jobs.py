@@ -41,13 +41,19 @@ ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
 
 @overload
 def train(
-    cfg: ConfigSource, *, plugins: PluginManager | None = ..., model: object | None = ..., dataset: object | None = ...
+    cfg: ConfigSource,
+    overrides: Sequence[str] = ...,
+    *,
+    plugins: PluginManager | None = ...,
+    model: object | None = ...,
+    dataset: object | None = ...,
 ) -> TrainResult: ...
 
 
 @overload
 def train(
     cfg: list[Any] | tuple[Any, ...],
+    overrides: Sequence[str] = ...,
     *,
     plugins: PluginManager | None = ...,
     model: object | None = ...,
@@ -57,6 +63,7 @@ def train(
 
 def train(
     cfg: ConfigSource | list[Any] | tuple[Any, ...],
+    overrides: Sequence[str] = (),
     *,
     plugins: PluginManager | None = None,
     model: object | None = None,
@@ -66,7 +73,8 @@ def train(
 
     ``model`` is an in-memory model for the backend (a ``HookedTransformer``, say) and ``dataset`` a text, a list of
     texts or of ``{"text": ...}`` records, a pandas ``DataFrame`` or a HF ``Dataset``; they take the place of
-    ``model.name`` and ``dataset.path``.  ``plugins`` replaces the installed plugins.
+    ``model.name`` and ``dataset.path``.  ``overrides`` (``"training.lr=1e-4"``) change the configuration, of several
+    all.  ``plugins`` replaces the installed plugins.
 
     SAEs that are trained together must agree on the model, the text and the checkpoints; each ends as if it had been
     trained alone.  One that diverges is stopped, and the others go on.
@@ -76,9 +84,9 @@ def train(
     """
     plugins = plugins or default_manager()
     alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
-    configs = load_configs(sources, plugins=plugins, kind=TrainConfig)
+    configs = load_configs(sources, _listed(overrides), plugins=plugins, kind=TrainConfig)
     for source in sources:
-        check_config_names_all(source, model=model, dataset=dataset)
+        check_config_names_all(source, _listed(overrides), model=model, dataset=dataset)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     check_mesh(configs[0].distributed, Launched.here(os.environ))
@@ -121,7 +129,7 @@ def resume(
     launched = Launched.here(os.environ)
     with contextlib.nullcontext() if launched.rank else alone_in(folder):
         while True:
-            resumption = Resumption.of(record.folder, cfg, overrides, allow, plugins, model, dataset, unusable)
+            resumption = Resumption.of(record.folder, cfg, _listed(overrides), allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
             configs = list(resumption.configs.values())
             preflight.of_resume(configs, plugins, model, dataset, begun=begun).raise_any()
@@ -136,6 +144,7 @@ def resume(
 
 def plan(
     cfg: ConfigSource,
+    overrides: Sequence[str] = (),
     *,
     plugins: PluginManager | None = None,
     model: object | None = None,
@@ -157,7 +166,7 @@ def plan(
     that can be found; only a configuration that cannot be read at all is raised.  Where the text or the model is not
     there, that is found at once, and nothing can be said of the rest.
     """
-    return plan_after(0.0, cfg, plugins, model, dataset, load=load, measure=measure)
+    return plan_after(0.0, cfg, plugins, model, dataset, overrides=overrides, load=load, measure=measure)
 
 
 def plan_after(
@@ -167,6 +176,7 @@ def plan_after(
     model: object | None = None,
     dataset: object | None = None,
     *,
+    overrides: Sequence[str] = (),
     load: bool = True,
     measure: bool = False,
 ) -> Plan:
@@ -178,9 +188,9 @@ def plan_after(
         )
     begun = time.perf_counter()
     plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins)
+    config = load_config(cfg, _listed(overrides), plugins=plugins)
     faults = preflight.of_training([config], plugins, model, dataset)
-    named = [f"{option}: {why}" for option, why in unnamed(cfg, model=model, dataset=dataset)]
+    named = [f"{option}: {why}" for option, why in unnamed(cfg, _listed(overrides), model=model, dataset=dataset)]
     if faults.absent or named:
         texts = [*named, *faults.texts]
         return Plan({}, {}, texts, [], cannot_run(texts))
@@ -196,6 +206,7 @@ def plan_after(
 
 def cache_activations(
     cfg: ConfigSource,
+    overrides: Sequence[str] = (),
     *,
     plugins: PluginManager | None = None,
     model: object | None = None,
@@ -210,8 +221,8 @@ def cache_activations(
     Of several processes (``torchrun``), each runs the model for a part of the shards; the cache is that of one.
     """
     plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins)
-    check_config_names_all(cfg, model=model, dataset=dataset)
+    config = load_config(cfg, _listed(overrides), plugins=plugins)
+    check_config_names_all(cfg, _listed(overrides), model=model, dataset=dataset)
     preflight.of_cache(config, plugins, model, dataset).raise_any()
     with _status([config]) as say:
         from saekit.commands.cache import write_cache
@@ -221,6 +232,7 @@ def cache_activations(
 
 def pretokenize(
     cfg: PretokenizeConfig | Mapping[str, Any] | str | Path,
+    overrides: Sequence[str] = (),
     *,
     plugins: PluginManager | None = None,
     model: object | None = None,
@@ -234,11 +246,18 @@ def pretokenize(
     """
     refuse_several("pretokenizing")
     plugins = plugins or default_manager()
-    config = load_config(cfg, plugins=plugins, kind=PretokenizeConfig)
+    config = load_config(cfg, _listed(overrides), plugins=plugins, kind=PretokenizeConfig)
     preflight.of_pretokenize(config, plugins, model, dataset).raise_any()
     from saekit.commands.pretokenize import write_contexts
 
     return write_contexts(config, plugins, model, dataset)
+
+
+def _listed(overrides: Sequence[str]) -> Sequence[str]:
+    """``overrides``, checked; one text alone would be read letter by letter."""
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides must be a list of texts such as 'training.lr=1e-4', found {overrides!r}")
+    return overrides
 
 
 def _status(configs: Sequence[TrainConfig]) -> Status:

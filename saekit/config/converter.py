@@ -119,4 +119,11 @@ class ConfigConverter(Structurer):
                 [("", f"expected a plugin's key, or a table with its name and options, found {shown(given)}")]
             )
         spelled = not isinstance(given, str)
-        return Choice(kind_of(kind), item, self._class(options, item.entry.config), spelled)
+        try:
+            made = self._class(options, item.entry.config)
+        except ProblemsError as problems:
+            for _, text in problems.items:
+                if isinstance(text, UnknownOption) and not text.chosen:
+                    text.chosen = item.key
+            raise
+        return Choice(kind_of(kind), item, made, spelled)

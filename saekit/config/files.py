@@ -15,7 +15,7 @@ from saekit.config.converter import ConfigConverter
 from saekit.config.describe import field_docs
 from saekit.config.fields import PLUGIN_KIND
 from saekit.config.formats import READERS, read_toml, toml_value, write
-from saekit.config.merging import Place, in_order, set_option, tables
+from saekit.config.merging import MOST_KEYS, Place, in_order, set_option, tables, undotted
 from saekit.config.values import shown, too_nested
 from saekit.config.writing import plain_table
 from saekit.errors import ConfigError
@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 C = TypeVar("C")
-_MOST_KEYS = 20
 
 
 @overload
@@ -94,6 +93,8 @@ def _loaded(table: Any, name: str, overrides: list[str], converter: ConfigConver
     if overrides:
         name += "" if name == "the configuration" else ", with the changes that were given"
         table = apply_overrides(table, overrides, kind=kind, plugins=converter.plugins)
+    elif not too_nested(table):  # which is told when it is read
+        table = undotted(table, Place(kind, converter.plugins))
     return converter.structure(table, kind, name)
 
 
@@ -151,10 +152,10 @@ def apply_overrides(
         if not equals or not all(keys):
             how = _in_one_word(overrides, number) or "write section.option=value, as in training.lr=1e-4"
             raise ConfigError(f"{override!r} is not an override; {how}")
-        if len(keys) > _MOST_KEYS:
+        if len(keys) > MOST_KEYS:
             raise ConfigError(f"{shown(override)} is not an override: no option lies {len(keys)} levels deep")
         changes.append((path.strip(), _parsed(text.strip())))
-    result: dict[str, Any] = tables(table, plugins)
+    result: dict[str, Any] = tables(undotted(table, Place(kind, plugins)), plugins)
     for path, value in in_order(changes):
         set_option(result, path, value, Place(kind, plugins))
     return result

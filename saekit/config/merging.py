@@ -17,7 +17,10 @@ from saekit.kinds import KINDS
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 
-__all__ = ["Place", "in_order", "set_option", "tables"]
+__all__ = ["MOST_KEYS", "Place", "in_order", "set_option", "tables", "undotted"]
+
+MOST_KEYS = 20
+"""No option lies so many levels deep."""
 
 
 @attrs.frozen
@@ -99,6 +102,37 @@ def set_option(table: dict[str, Any], path: str, value: Any, place: Place = NOWH
         table, place = inner, there
     place.make_room(table, last, value)
     table[last] = merged(table.get(last), value, place.at(last, table))
+
+
+def undotted(table: Any, place: Place = NOWHERE) -> Any:
+    """``table`` with what it has at dotted keys (``{"training.lr": 1e-4}``) in its sections, on top of what is there.
+
+    :class:`ConfigError` names an option that is given in both ways.
+    """
+    if not isinstance(table, Mapping):
+        return table
+    dotted = {key: value for key, value in table.items() if isinstance(key, str) and _is_dotted(key)}
+    if not dotted:
+        return table
+    assert place.plugins is not None
+    result: dict[str, Any] = tables({key: one for key, one in table.items() if key not in dotted}, place.plugins)
+    for path, value in in_order(dotted.items()):
+        if _has(result, path):
+            raise ConfigError([(path, "is given twice, by its dotted name and in its section; leave out one of them")])
+        set_option(result, path, tables(value, place.plugins), place)
+    return result
+
+
+def _is_dotted(key: str) -> bool:
+    return 0 < key.count(".") < MOST_KEYS and all(key.split("."))
+
+
+def _has(table: Any, path: str) -> bool:
+    for key in path.split("."):
+        if not isinstance(table, Mapping) or key not in table:
+            return False
+        table = table[key]
+    return True
 
 
 def in_order(changes: Iterable[tuple[str, Any]]) -> list[tuple[str, Any]]:

@@ -55,13 +55,16 @@ class UnknownOption(str):
 
     key: str
     close: bool
+    chosen: str
+    """The key of the plugin whose options those are; empty where they are no plugin's."""
 
     def __new__(cls, key: str, fields: Iterable[str]) -> UnknownOption:
         options = list(fields)
-        close = difflib.get_close_matches(key, options, n=1)
+        longer = [option for option in options if option.startswith(f"{key}_")]
+        close = difflib.get_close_matches(key, options, n=1) or longer
         hint = f"Did you mean {close[0]!r}?" if close else f"The options here are {', '.join(options) or 'none'}."
         made = super().__new__(cls, f"is not an option. {hint}")
-        made.key, made.close = key, bool(close)
+        made.key, made.close, made.chosen = key, bool(close), ""
         return made
 
 

@@ -87,6 +87,12 @@ class TrainingConfig:
         return -(-self.total_tokens // self.train_batch_size_tokens)
 
     @property
+    def batch_text(self) -> str:
+        """Tokens of a step, in words: of training that takes less than a batch, those that it takes."""
+        batch, wanted = self.train_batch_size_tokens, self.total_tokens
+        return f"{batch:,}" if wanted >= batch else f"{wanted:,} (less than a batch of {batch:,})"
+
+    @property
     def dead_after(self) -> int:
         """Steps without firing after which a feature is dead."""
         return self.dead_feature_window or min(1000, max(self.steps // 10, 1))

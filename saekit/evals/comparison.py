@@ -19,6 +19,8 @@ __all__ = ["Comparison"]
 
 
 _MOST_LINES = 60
+_MOST_BEATEN = 4
+_SAME = " are the same: so are all their numbers"
 _FEW = 10
 """Contexts, below which intervals are not to be relied on."""
 
@@ -74,10 +76,64 @@ class Comparison:
     def verdicts(self) -> list[str]:
         """What the headlines say, a sentence each; and then which of two pay for fidelity with more features."""
         same = {names for pair in self.pairs if self._same(*(names := (pair.one, pair.other)))}
-        told = [f"{one} and {other} are the same: so are all their numbers" for one, other in sorted(same)]
+        told = [f"{one} and {other}{_SAME}" for one, other in sorted(same)]
         shown = [pair for pair in self.headlines if (pair.one, pair.other) not in same and not self._of_other(pair)]
         told += [self.verdict(pair) for pair in shown]
         return [*told, *self._trades(), *self._of_sites()]
+
+    def summary(self) -> list[str]:
+        """What the verdicts come to, in a few sentences; of two SAEs, the verdicts themselves.
+
+        Of more, first those at each site that no other beats at as few features per token, and then which beats others.
+        """
+        metrics = {pair.metric for pair in self.pairs}
+        fidelity = next(iter(self._faithful(metrics)), None)
+        if len(self.evaluations) < 3 or fidelity is None or "l0" not in metrics:
+            return self.verdicts()
+        same = [one for one in self.verdicts() if one.endswith(_SAME)]
+        sites = dict.fromkeys(self.sites.get(name, "") for name in self.evaluations)
+        groups = {site: [one for one in self.evaluations if self.sites.get(one, "") == site] for site in sites}
+        told = [line for site, names in groups.items() for line in self._frontier(names, fidelity, site)]
+        for metric in ("l0", fidelity):
+            pairs = [pair for pair in self.pairs if pair.metric == metric and not self._of_other(pair)]
+            apart = sum(pair.distinguishable for pair in pairs)
+            if pairs:
+                told.append(f"told apart in {self.measure(metric).label}: {apart} of {len(pairs)} pairs")
+        return [*same, *told, *self._of_sites()]
+
+    def _frontier(self, names: Sequence[str], fidelity: str, site: str) -> Iterator[str]:
+        """Which of ``names``, all at one ``site``, have none beside them that is better at no more features."""
+        found = {name: self.evaluations[name].values for name in names}
+        places = {name: (one.get("l0", math.nan), one.get(fidelity, math.nan)) for name, one in found.items()}
+        order = sorted((name for name in names if np.isfinite(places[name]).all()), key=places.__getitem__)
+        if len(order) < 2:
+            return
+        wins, beaten = self._wins(fidelity), dict[str, list[str]]()
+        for name in order:
+            if by := [other for other in order if (other, name) in wins]:
+                beaten[name] = by
+        label, at = self.measure(fidelity).label, f" at {site}" if len({*self.sites.values()}) > 1 else ""
+        best = [f"{name} ({places[name][1]:.3f} at {places[name][0]:.4g})" for name in order if name not in beaten]
+        yield f"frontier of L0 and {label}{at}, from sparse to dense: {', '.join(best)}"
+        for name in [*beaten][:_MOST_BEATEN]:
+            by = beaten[name]
+            more = f" and {len(by) - 1} more" if len(by) > 1 else ""
+            yield f"{name} is beaten in {label}, with no more features per token, by {by[0]}{more}"
+        if (left := len(beaten) - _MOST_BEATEN) > 0:
+            yield f"and {left} more are beaten so"
+
+    def _wins(self, fidelity: str) -> set[tuple[str, str]]:
+        """The pairs of which the first is told to be better, and not to have more features per token."""
+        denser = {(one.one, one.other): one for one in self.pairs if one.metric == "l0"}
+        won = set()
+        for pair in self.pairs:
+            l0 = denser.get((pair.one, pair.other))
+            if pair.metric != fidelity or not pair.distinguishable or l0 is None:
+                continue
+            first = pair.difference * (self.measure(fidelity).better or 1) > 0
+            if not (l0.distinguishable and (l0.difference > 0) == first):
+                won.add((pair.one, pair.other) if first else (pair.other, pair.one))
+        return won
 
     def _of_other(self, pair: Compared) -> bool:
         """Whether it is a difference of what is measured of other vectors, or against other ablations."""
@@ -262,8 +318,9 @@ class Comparison:
         alone, together = (f"{low} to {high}" for low, high in (ends[:2], ends[2:]))
         return [value, alone, together, "yes" if pair.distinguishable else "no"]
 
-    def text(self) -> str:
-        """The numbers, the verdicts and what they rest on, for people."""
+    def text(self, *, pairs: bool = False) -> str:
+        """The numbers, what they come to (of more than two SAEs, with ``pairs``, the verdict on each two) and what that
+        rests on, for people."""
         names, rows = self._table()
         heads = ["", *self._places, *(self.measure(name).short or self.measure(name).label for name in names)]
         widths = [max(len(row[place]) for row in (heads, *rows)) for place in range(len(heads))]
@@ -274,10 +331,12 @@ class Comparison:
 
         table = [line(heads), *map(line, rows)]
         files = [f"Written: {', '.join(map(str, self.files))}"] if self.files else []
-        told = [f"- {verdict}" for verdict in self.verdicts()]
+        told = [f"- {verdict}" for verdict in (self.verdicts() if pairs else self.summary())]
         if len(told) > _MOST_LINES:
             left = len(told) - _MOST_LINES
             told = [*told[:_MOST_LINES], f"- and {left:,} more, in compare.json (--out) and in .verdicts()"]
+        elif not pairs and len(self.evaluations) > 2:
+            told.append("- what is said of each two: --pairs, or .verdicts()")
         parts = [table, told, [*self.where, *self.rules(), *files]]
         return "\n\n".join("\n".join(part) for part in parts)
 
@@ -290,7 +349,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         names, rows = self._table()
         heads = ["SAE", *self._places, *(self.measure(name).label for name in names)]
-        told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.verdicts())])
+        told = facts_html("Verdicts", [(str(place + 1), verdict) for place, verdict in enumerate(self.summary())])
         return table_html(self.title, heads, rows) + told
 
     def rows(self) -> list[dict[str, Any]]:

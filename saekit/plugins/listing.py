@@ -148,7 +148,7 @@ def table(data: dict[str, Any], kind: str | None = None) -> str:
 def detail_text(data: dict[str, Any]) -> str:
     """One plugin's options as text."""
     lines = [
-        f"{data['key']}: {data['summary']}",
+        f"{data['key']}: {data['summary']}" if data["summary"] else data["key"],
         f"{KINDS[data['kind']].label}, from {data['distribution']} {data['version']} ({data['plugin']})",
         f"options class: {data['config']}",
     ]

@@ -81,8 +81,18 @@ class SAERun:
     @property
     def tokens(self) -> float:
         """Activation vectors that it was trained on."""
-        total = self.options.total_tokens
-        return min(self.history.tokens, total) if total else self.history.tokens
+        total, trained = self.options.total_tokens, max(self.history.tokens, self._told("tokens"))
+        return min(trained, total) if total else trained
+
+    @property
+    def step(self) -> int:
+        """Steps that it was trained for, as far as they were logged or are in a checkpoint."""
+        return max(self.history.step, self._told("step"))
+
+    def _told(self, name: str) -> int:
+        """What the newest checkpoint counts, which may be later than what was logged."""
+        count = self.facts.get(name)
+        return count if isinstance(count, int) else 0
 
     @cached_property
     def d_sae(self) -> int | None:

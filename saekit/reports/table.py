@@ -75,11 +75,11 @@ def banner(sae: SAERun) -> RenderableType:
     first = Text(printable(sae.what), style="bold")
     if sae.where:
         first.append(f" on {printable(sae.where)}", style="not bold")
-    total, steps = sae.options.total_tokens, sae.history.step
+    total, steps = sae.options.total_tokens, sae.step
     of = f" of {count(total)}" if total and sae.tokens < total else ""
     parts = [
         f"{count(sae.tokens)}{of} tokens" + (f" of {printable(sae.text)}" if sae.text else ""),
-        f"{steps:,} steps" if steps else "",
+        f"{steps:,} step{'s' * (steps != 1)}" if steps else "",
         duration(sae.history.seconds) if sae.history.seconds else "",
     ]
     return Text("\n").join([first, Text(", ".join(part for part in parts if part), style="dim")])

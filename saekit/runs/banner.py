@@ -74,7 +74,7 @@ def _used(session: Session) -> list[tuple[str, str]]:
 
 
 def _steps(session: Session, members: Sequence[Member]) -> str:
-    text = _each(f"{m.config.training.steps:,} of {m.config.training.train_batch_size_tokens:,}" for m in members)
+    text = _each(f"{m.config.training.steps:,} of {m.config.training.batch_text}" for m in members)
     return f"{text}, going on after {session.tokens:,} tokens" if session.tokens else text
 
 

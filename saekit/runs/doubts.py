@@ -17,9 +17,10 @@ from saekit.site import Site, Sites
 from saekit.training.trainer import SAETrainer
 from saekit.values import Replacement
 
-__all__ = ["doubts_of_features", "doubts_of_order", "doubts_of_start"]
+__all__ = ["doubts_of_density", "doubts_of_features", "doubts_of_order", "doubts_of_start"]
 
 _FIRINGS = 10.0  # of the average feature, for silence to mean something
+_FAR = 1.5  # times as many active features on held-out text as in training, or in training as there
 _CHANGED = 1e-6  # of the largest value: more than rounding, if a device rounds otherwise the second time
 
 
@@ -116,4 +117,27 @@ def doubts_of_features(config: TrainConfig, trainer: SAETrainer, l0: float) -> l
         f"{dead:,} of {d_sae:,} features ({dead / d_sae:.0%}) of the SAE at {config.sites.name} are dead at the end of "
         f"training: they have not fired in its last {window:,} steps of {batch:,} tokens, on each of which {l0:.3g} "
         f"features are active. What helps: {', '.join(advice)}, or ask for less sparsity"
+    ]
+
+
+def doubts_of_density(config: TrainConfig, trainer: SAETrainer, metrics: Mapping[str, float]) -> list[str]:
+    """Of an SAE whose features compete over a batch in training, and over nothing outside: that many more, or fewer,
+    are active there, as where the threshold between them follows training slowly and there was little of it.
+
+    ``metrics`` are its newest.  Where nothing was measured on held-out text, nothing is said.
+    """
+    trained, held_out = metrics.get("metrics/l0"), metrics.get("evals/l0")
+    if trainer.sae.competes_over != "all" or not trained or held_out is None:
+        return []
+    if trained / _FAR < held_out < _FAR * trained:
+        return []
+    advice = ["train on more tokens (training.training_tokens)"]
+    rate = getattr(trainer.sae.config, "threshold_lr", None)  # of architectures that call it so
+    if rate is not None:
+        advice.append(f"have the threshold follow faster (sae.threshold_lr, which is {rate:g})")
+    return [
+        f"on held-out text {held_out:.3g} features of the SAE at {config.sites.name} are active on a token, and in "
+        f"training {trained:.3g}: there they compete over a batch, and elsewhere each is active above a threshold, an "
+        f"average over batches, which after {trainer.step:,} steps is not where training is. What helps: "
+        + ", or ".join(advice)
     ]

@@ -279,7 +279,7 @@ class _Planner:
         self.numbers |= {"steps": training.steps, "training_tokens": training.total_tokens}
         tuned = f", the last {training.finetuning_tokens:,} for fine-tuning" if training.finetuning_tokens else ""
         self.facts["training"] = (
-            f"{training.steps:,} steps of {training.train_batch_size_tokens:,} tokens, "
+            f"{training.steps:,} step{'s' * (training.steps != 1)} of {training.batch_text} tokens, "
             f"{training.total_tokens:,} in all{tuned}"
         )
         if training.dead_after >= training.steps:

@@ -213,7 +213,7 @@ class Saving:
     def _tell(self, error: BaseException, batches: int, *, finished: bool) -> None:
         kept = next(all_checkpoints(self._folder), None)
         warnings.warn(
-            f"there is no checkpoint after {batches:,} steps: {error}. "
+            f"there is no checkpoint after {batches:,} step{'s' * (batches != 1)}: {error}. "
             f"{'The SAEs are saved all the same' if finished else 'Training goes on'}; the last checkpoint is "
             f"{kept or 'still to come'}",
             RuntimeWarning,

@@ -14,7 +14,7 @@ import attrs
 from saekit.abilities import EndsWithTraining
 from saekit.config import PLUGIN_KIND, TrainConfig
 from saekit.config.files import load_configs, plain_config, read_table
-from saekit.config.merging import Place, in_order, set_option, tables
+from saekit.config.merging import Place, in_order, set_option, tables, undotted
 from saekit.config.values import plain, too_nested
 from saekit.errors import ConfigError
 from saekit.files.names import SWEEP_FILES, is_plain_name
@@ -55,6 +55,7 @@ def grid(
     table = cfg if isinstance(cfg, (TrainConfig, Mapping)) else read_table(as_path(cfg))
     if problem := too_nested(table):
         raise ConfigError(f"the configuration {problem}")
+    table = undotted(table, Place(TrainConfig, plugins))
     values = {path: _axis(path, axis) for path, axis in axes.items()}
     points = []
     for point in itertools.product(*values.values()):

@@ -13,7 +13,7 @@ from saekit.distributed.group import Group
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.sae import SAE
 from saekit.reports.pictures import Pictures
-from saekit.runs.doubts import doubts_of_features
+from saekit.runs.doubts import doubts_of_density, doubts_of_features
 from saekit.runs.opening import warn_of
 from saekit.runs.record import RunRecord
 from saekit.runs.results import SweepResult, TrainResult
@@ -48,7 +48,10 @@ def save_saes(session: Session, record: RunRecord) -> None:
 def warn_of_saes(session: Session) -> None:
     """Say which do worse than the mean, or have mostly dead features; after all else: nothing is to be lost by it."""
     own = {
-        member.name: doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0))
+        member.name: [
+            *doubts_of_features(member.config, member.trainer, member.latest.get("metrics/l0", 0.0)),
+            *doubts_of_density(member.config, member.trainer, member.latest),
+        ]
         for member in healthy(session)
         if member.here
     }

@@ -103,7 +103,10 @@ def test_what_is_printed(found: Comparison) -> None:
     lines = str(found).splitlines()
     assert lines[0].split() == ["CE", "rec.", "EV", "L0", "KL"]
     assert lines[1].split()[0] == "good"
-    assert any(line.startswith("- good is better than bad in explained variance by 0.") for line in lines)
+    assert any(line.startswith("- frontier of L0 and CE recovered, from sparse to dense: ") for line in lines)
+    assert not any(line.startswith("- good is better than bad") for line in lines), "only where it is asked for"
+    pairs = found.text(pairs=True).splitlines()
+    assert any(line.startswith("- good is better than bad in explained variance by 0.") for line in pairs)
     assert any("paired by 12 contexts" in line for line in lines)
     assert lines[-1].startswith("Written: ")
     assert "Verdicts" in found._repr_html_()

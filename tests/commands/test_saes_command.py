@@ -14,7 +14,8 @@ from support.command import cli
 
 import saekit
 from saekit.commands.saes import found_release, info, info_text, listed, table, verified
-from saekit.errors import SAEFormatError, UnknownKeyError
+from saekit.commands.terminal.saes import app
+from saekit.errors import ConfigError, SAEFormatError, UnknownKeyError
 from saekit.pretrained.catalog import Catalog, find_sae
 from saekit.pretrained.hooks_of import hook_of
 
@@ -221,3 +222,13 @@ def test_mistakes_about_conversion_need_no_torch(tmp_path: Path) -> None:
         ),
     ):
         assert message in cli("saes", *arguments, cwd=tmp_path, check=2, watch=True).stderr
+
+
+def test_a_model_may_be_named_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    app(["list", "gpt2"], standalone_mode=False)
+    alone = capsys.readouterr().out
+    app(["list", "--model", "gpt2"], standalone_mode=False)
+    assert alone == capsys.readouterr().out
+    assert "gpt2-small-res-jb" in alone
+    with pytest.raises(ConfigError, match="--model: is 'gpt2', beside 'gemma', which is a model, too; give one"):
+        app(["list", "gemma", "--model", "gpt2"], standalone_mode=False)

@@ -87,7 +87,9 @@ def test_tables_of_no_class_are_values() -> None:
          "is not an option here; it is activations.source.lr (of saekit:toy) or training.lr"),
         ({"training": {"d_sae": 1}}, "training.d_sae", "is not an option here; it is sae.d_sae"),
         ({"sae": {"name": "standard", "k": 3}}, "sae.k",
-         f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it"),
+         f"is not an option of saekit:standard (sae.name), but of {having('k')}. Choose one of these (sae.name=topk), "
+         "or delete it"),
+        ({"sae": {"l1": 3}}, "sae.l1", "is not an option. Did you mean 'l1_coefficient'?"),
         ({"hook_name": "x"}, "hook_name", "is not an option here; it is site.hook_name"),
         ({"dtype": "x"}, "dtype", "is not an option here; it is model.dtype or activations.source.dtype (of "
          "saekit:live and saekit:toy) or activations.cache.dtype or sae.dtype"),
@@ -126,3 +128,31 @@ def test_other_roots_know_their_own_tree_alone() -> None:
         converter.structure({"hook_point": 3}, SAEConfig)
     with pytest.raises(ConfigError, match="^lr: is not an option. The options here are clip_grad_norm, beta1, "):
         converter.structure({"lr": 3}, AdamConfig)
+
+
+# ---- dotted keys in dicts
+
+
+def test_dicts_take_dotted_keys_as_overrides_do() -> None:
+    dotted = {"sae.k": 8, "sae.name": "topk", "training.lr": 1e-3, "training": {"seed": 3}, "sae.d_sae": 64}
+    nested = {"sae": {"name": "topk", "k": 8, "d_sae": 64}, "training": {"lr": 1e-3, "seed": 3}}
+    assert load_config(dotted) == load_config(nested)
+    assert load_config({"sae.k": 8, "sae": "topk"}).sae == TopKConfig(k=8), "in whatever order"
+    assert load_config(dotted, ["sae.k=9"]).sae == TopKConfig(k=9, d_sae=64)
+    assert [one.sae for one in saekit.grid(dotted, {"sae.k": [1, 2]})] == [TopKConfig(k=k, d_sae=64) for k in (1, 2)]
+    assert dotted["training"] == {"seed": 3}, "is not changed in its place"
+
+
+@pytest.mark.parametrize(
+    ("table", "path", "told"),
+    [
+        ({"training.lr": 1, "training": {"lr": 2}}, "training.lr", "is given twice, by its dotted name and in its "
+         "section; leave out one of them"),
+        ({"training.lrr": 1}, "training.lrr", "is not an option. Did you mean 'lr'?"),
+        ({"training..lr": 1}, "training..lr", "is not an option. Did you mean 'training'?"),
+    ],
+)  # fmt: skip
+def test_dotted_keys_that_are_wrong(table: dict[str, Any], path: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(table)
+    assert caught.value.problems == [(path, told)]

@@ -60,7 +60,8 @@ def test_what_the_new_plugin_has_not_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(full, ["sae.name=jumprelu"])
     assert caught.value.problems == [
-        ("sae.k", f"is not an option of the plugin that is chosen; it is one of {having('k')}. Delete it")
+        ("sae.k", f"is not an option of saekit:jumprelu (sae.name), but of {having('k')}. Choose one of these "
+         "(sae.name=topk), or delete it")
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="^sae: Unknown SAE architecture 'topkk'. Did you mean 'topk'"):
         load_config(full, ["sae.name=topkk"])
@@ -91,5 +92,5 @@ def test_plugins_inside_options() -> None:
 def test_a_plugin_that_is_not_there_changes_nothing_else() -> None:
     with pytest.raises(ConfigError, match="^lr_schedule: Unknown LR schedule 'nobody:old'"):
         load_config({"lr_schedule": {"name": "nobody:old", "end": 3}}, ["training.lr=1"])
-    with pytest.raises(ConfigError, match=r"lr_schedule.end: .* Delete it"):
+    with pytest.raises(ConfigError, match=r"lr_schedule.end: .* or delete it"):
         load_config({"lr_schedule": {"name": "nobody:old", "end": 3}}, ["lr_schedule.name=constant"])

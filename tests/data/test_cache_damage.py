@@ -24,6 +24,7 @@ from support.tiny import run_config
 import saekit
 from saekit.data.cache import verify_cache
 from saekit.errors import DataError
+from saekit.runs.timing import bytes_text
 from saekit.testing import FakeBackend
 
 
@@ -97,15 +98,15 @@ def test_the_commands(tmp_path: Path) -> None:
         """train on them with: 'activations.source={name="cached", folder="acts"}'""",
     ]
     size = 4000 * (128 * 4 * 2 + 4 + 8) + 4 * 4096
-    assert f"4,000 activations of 2 site(s): {size / 1e9:.2f} GB on disk" in found.stderr
+    assert f"4,000 activations of 2 sites: {bytes_text(size)} on disk" in found.stderr
     assert "4,000/4,000 tokens" in found.stderr
     (option,) = shlex.split(found.stdout.splitlines()[1].removeprefix("train on them with: "))
     assert "run folder: runs/x" in cli("train", "run.toml", option, "checkpoints.name=x", cwd=tmp_path).stdout
     assert cli("cache", "verify", "acts", cwd=tmp_path, watch=True).stdout == (
-        "acts: 1 shards, 4,000 activations per site, all as written\n"
+        "acts: 1 shard, 4,000 activations per site, all as written\n"
     )
     flip(tmp_path / "acts/shard-00000/hook_embed.safetensors", 4096 * 3)
-    assert cli("cache", "verify", "--quick", "acts", cwd=tmp_path, watch=True).stdout.startswith("acts: 1 shards")
+    assert cli("cache", "verify", "--quick", "acts", cwd=tmp_path, watch=True).stdout.startswith("acts: 1 shard")
     refused = cli("cache", "verify", "acts", cwd=tmp_path, watch=True, check=2)
     assert "\nerror: the activation cache 'acts' is damaged:\n  - shard-00000/hook_embed.saf" in refused.stderr
     assert "is not there" in cli("cache", "verify", "nowhere", cwd=tmp_path, watch=True, check=2).stderr

@@ -151,6 +151,27 @@ def test_fidelity_that_is_paid_for_with_features_is_said_to_be() -> None:
     )
 
 
+def test_of_several_the_frontier_is_told_and_not_each_pair() -> None:
+    text = Text(60, 2)
+    saes = {"sparse": text.sae(l0=20, worse=0.05), "dense": text.sae(l0=60), "waste": text.sae(l0=60, worse=0.1)}
+    saes |= {f"worse {n}": text.sae(l0=70 + n, worse=0.2) for n in range(5)}
+    found = Comparison(evaluations=saes)
+    frontier, *beaten, more, densities, fidelity = found.summary()
+    assert frontier.startswith("frontier of L0 and CE recovered, from sparse to dense: sparse (0.")
+    assert "), dense (0." in frontier
+    assert len(frontier.split(" at ")) == 3, "these two alone"
+    assert beaten[0].startswith("waste is beaten in CE recovered, with no more features per token, by ")
+    assert (len(beaten), more) == (4, "and 2 more are beaten so")
+    assert densities.startswith("told apart in L0: ")
+    assert densities.endswith(" of 28 pairs")
+    assert fidelity.startswith("told apart in CE recovered: ")
+    assert len(found.text().splitlines()) < 30 < len(found.verdicts())
+    assert "- what is said of each two: --pairs, or .verdicts()" in found.text()
+    assert all(f"- {verdict}" in found.text(pairs=True) for verdict in found.verdicts()[:50])
+    two = Comparison(evaluations={name: saes[name] for name in ("sparse", "dense")})
+    assert two.summary() == two.verdicts()
+
+
 def told_apart(n: int, saes: int, times: int) -> tuple[float, float]:
     """How often any of SAEs that are alike are told apart, and how often a pair's own interval leaves out 0."""
     any_of_them, alone = [], []

@@ -107,3 +107,14 @@ def test_the_record_tells_in_what_the_saes_of_a_sweep_at_work_differ(tmp_path: P
     assert RunRecord.read(tmp_path).changed == ("sae", "sae.k")
     RunRecord.note_checkpoint(tmp_path)
     assert RunRecord.read(tmp_path).changed == ("sae", "sae.k")
+
+
+def test_a_checkpoint_knows_more_steps_than_were_logged(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run", records(40, of=100, evals=-1), end="interrupted", sae=False))
+    run.alone.facts = {"step": 45, "tokens": 45_000}
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(run_table(run, console))
+    told = console.export_text().splitlines()[1]
+    assert told.startswith("45,000 of 100,000 tokens of saekit/python-stdlib, 45 steps, ")
+    run.alone.facts = {"step": 39, "tokens": 39_000}
+    assert (run.alone.step, run.alone.tokens) == (40, 40_000), "an older one"

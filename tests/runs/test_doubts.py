@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from support.sweeps import DOCUMENTS, fake
 import saekit
 from saekit.backends import Backend
 from saekit.errors import ConfigError
-from saekit.runs.doubts import doubts_of_order
+from saekit.runs.doubts import doubts_of_density, doubts_of_order
 from saekit.testing import FakeBackend
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -216,3 +217,34 @@ def asleep(monkeypatch: pytest.MonkeyPatch, features: int) -> None:
             trainer.sae.b_enc[features:] = 3.0
 
     monkeypatch.setattr(session, "give_weights", given)
+
+
+# ---- active features outside training
+
+
+def _density(sae: Any, step: int = 40, **metrics: float) -> list[str]:
+    config = saekit.load_config({"site": {"hook_name": EARLY.hook_name}}, plugins=saekit.default_manager())
+    trainer: Any = SimpleNamespace(sae=sae, step=step)
+    return doubts_of_density(config, trainer, {name.replace("_", "/"): value for name, value in metrics.items()})
+
+
+def test_a_threshold_that_is_not_where_training_is_is_told() -> None:
+    competing = SimpleNamespace(competes_over="all", config=SimpleNamespace(threshold_lr=0.01))
+    assert _density(competing, metrics_l0=32.0, evals_l0=133.4) == [
+        f"on held-out text 133 features of the SAE at {EARLY.name} are active on a token, and in training 32: there "
+        "they compete over a batch, and elsewhere each is active above a threshold, an average over batches, which "
+        "after 40 steps is not where training is. What helps: train on more tokens (training.training_tokens), or "
+        "have the threshold follow faster (sae.threshold_lr, which is 0.01)"
+    ]
+    for held_out, number in ((47.0, 0), (22.0, 0), (48.1, 1), (21.0, 1), (0.0, 1)):
+        assert len(_density(competing, metrics_l0=32.0, evals_l0=held_out)) == number, held_out
+    assert not _density(competing, metrics_l0=32.0), "nothing was measured"
+    (text,) = _density(SimpleNamespace(competes_over="all", config=object()), metrics_l0=32.0, evals_l0=1.0)
+    assert text.endswith("What helps: train on more tokens (training.training_tokens)"), "it has no such option"
+    for alike in ("features", None):
+        assert not _density(SimpleNamespace(competes_over=alike, config=object()), metrics_l0=32.0, evals_l0=133.0)
+
+
+def test_a_run_tells_of_it(tmp_path: Path) -> None:
+    with pytest.warns(RuntimeWarning, match="which after 8 steps is not where training is"):
+        sweeps.train(fake(tmp_path, sae={"name": "batchtopk", "d_sae": 12, "k": 0.4}, training={"lr": 0.1}))

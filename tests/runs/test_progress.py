@@ -18,7 +18,7 @@ from support.tiny import run_config
 
 import saekit
 import saekit.progress
-from saekit.progress import ProgressDisplay
+from saekit.progress import ProgressDisplay, _rate_text
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 DOCUMENTS = [{"text": f"value_{n} = {n}\n" * 30} for n in range(60)]
@@ -255,3 +255,19 @@ def test_verbose_off_is_silent(
     train([quiet, config(tmp_path, verbose=True)])
     shown = received.getvalue() or capfd.readouterr().err
     assert "tokens/s" in shown, "one that is verbose is enough"
+
+
+@pytest.mark.parametrize(
+    ("rate", "told"),
+    [(1234.5, "1,234 features/s"), (9.96, "10 features/s"), (2.34, "2.3 features/s"), (0.41, "0.4 features/s"),
+     (0.05, "20 s each"), (0, "")],
+)  # fmt: skip
+def test_what_goes_slowly_is_told_so(rate: float, told: str) -> None:
+    assert _rate_text(rate, "features") == told
+
+
+def test_before_anything_is_done_no_time_is_left() -> None:
+    received = io.StringIO()
+    with ProgressDisplay(50, doing="explaining", unit="features", console=Console(file=received)) as progress:
+        progress.update(0)
+    assert received.getvalue() == "0/50 features\n"

@@ -122,7 +122,8 @@ def test_a_model_is_looked_at_once_however_it_is_wrapped() -> None:
     check_fits(sae_at(d_in=16), again)
 
 
-SUCH_AS = f". It has {len(FakeBackend().hook_names())} hooks, such as {FakeBackend().hook_names()[0]!r}"
+SUCH_AS = f". It has {len(FakeBackend().hook_names())} hooks, such as {FakeBackend().hook_names()[0]!r}; "
+SUCH_AS += "saekit.load_model(...).hook_names() lists them"
 
 
 def test_an_unknown_hook_with_near_names() -> None:

@@ -54,7 +54,10 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
         return None
     if (folder / NATIVE_CONFIG).is_file():
         if kwargs:
-            raise ModelError(f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {sorted(kwargs)}")
+            raise ModelError(
+                f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {sorted(kwargs)}. Leave them out "
+                "(model.backend.from_pretrained_kwargs={})"
+            )
         return folder
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder: it has neither config.json nor {NATIVE_CONFIG}")

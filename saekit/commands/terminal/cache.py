@@ -76,4 +76,5 @@ def verify(
     size = Manifest.load(as_path(folder)).nbytes
     with ProgressDisplay(size, doing="verifying", unit="bytes") as progress:
         manifest = verify_cache(as_path(folder), full=not quick, report=progress.update)
-    typer.echo(f"{folder}: {len(manifest.shards)} shards, {manifest.rows:,} activations per site, all as written")
+    shards = f"{len(manifest.shards)} shard{'s' * (len(manifest.shards) != 1)}"
+    typer.echo(f"{folder}: {shards}, {manifest.rows:,} activations per site, all as written")

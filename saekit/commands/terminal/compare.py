@@ -52,6 +52,7 @@ def compare(
     top1: Annotated[
         bool, typer.Option("--top1", help="Compare how often the likeliest token stays the same, too.")
     ] = False,
+    pairs: Annotated[bool, typer.Option("--pairs", help="Say of each two of several what can be told.")] = False,
     exclude_special_tokens: Excluded = None,
     seqpos_slice: Places = None,
     seed: Seed = 0,
@@ -74,4 +75,4 @@ def compare(
     if as_json:
         typer.echo(json.dumps(found.to_dict(), indent=2, allow_nan=False))
     else:
-        typer.echo(printable(found.text(), keep="\n"))
+        typer.echo(printable(found.text(pairs=pairs), keep="\n"))

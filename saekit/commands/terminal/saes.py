@@ -11,12 +11,14 @@ from typing import Annotated
 import typer
 
 from saekit.commands.terminal.arguments import completed, examples
+from saekit.errors import ConfigError
 
 __all__ = ["EXAMPLES", "app"]
 
 _LIST = """
     saekit saes list
     saekit saes list --model gemma-2-2b --hook blocks.12.hook_resid_post
+    saekit saes list gpt2
     saekit saes list --model gemma --hook 12
     saekit saes list --hook resid_post
     saekit saes list --loader gemma_3 --json
@@ -50,6 +52,14 @@ _Json = Annotated[bool, typer.Option("--json", help="For programs.")]
 
 @app.command("list", epilog=examples(_LIST))
 def list_releases(
+    of: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="As --model.",
+            autocompletion=lambda ctx, incomplete: completed("complete_released_model", ctx, incomplete),
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -75,7 +85,9 @@ def list_releases(
     from saekit.commands.saes import listed, table
     from saekit.pretrained.catalog import Catalog
 
-    rows = listed(Catalog(releases or ()), model=model, hook=hook, loader=loader)
+    if of is not None and model is not None:
+        raise ConfigError([("--model", f"is {model!r}, beside {of!r}, which is a model, too; give one")])
+    rows = listed(Catalog(releases or ()), model=model or of, hook=hook, loader=loader)
     columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     typer.echo(json.dumps(rows, indent=2) if as_json else table(rows, columns))
     if hook is not None and not as_json and sys.stdout.isatty():

@@ -133,8 +133,8 @@ class CacheWriter:
         free = shutil.disk_usage(self._folder).free
         if needed > free:
             raise PlaceError(
-                f"the activation cache {str(self._folder)!r} needs {_gigabytes(needed)}, and the disk has "
-                f"{_gigabytes(free)} free. Write fewer tokens (activations.cache.tokens), in a smaller type "
+                f"the activation cache {str(self._folder)!r} needs {_size_text(needed)}, and the disk has "
+                f"{_size_text(free)} free. Write fewer tokens (activations.cache.tokens), in a smaller type "
                 "(activations.cache.dtype), or elsewhere (activations.cache.folder)"
             )
 
@@ -387,5 +387,5 @@ def _differences(name: str, there: Any, wanted: Any) -> Iterator[tuple[str, Any,
         yield name, there, wanted
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.2f} GB"
+def _size_text(size: int) -> str:
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.1f} MB"

@@ -62,7 +62,8 @@ def feature_statistics(
     (alone,) = saes if isinstance(saes, (list, tuple)) and len(saes) == 1 else (saes,)
     if (store := store_given(alone)) is not None:
         _only_of_saes({"model": model, "site": site, "fractions": fractions})
-        chosen = store.saes if which_of(alone) is None else {alone.name: alone}
+        name = which_of(alone)
+        chosen = store.saes if name is None else {name: store.saes[name]}
         return _joined({name: one.statistics(logits=logits) for name, one in chosen.items()})
     check_named(saes)
     from saekit.devices import resolve_device

@@ -50,7 +50,7 @@ class Partner:
     """Of features: tokens on which both fire, as a fraction of those on which either does."""
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Logits:
     """What an activation of 1 adds to the logits on the direct path, ``d W_U``, past the last normalization."""
 
@@ -62,6 +62,15 @@ class Logits:
     """Over the vocabulary."""
     mean: float
     std: float
+
+    def __repr__(self) -> str:
+        raised, lowered = (" ".join(repr(text) for _, text, _ in some[:3]) for some in (self.top, self.bottom))
+        return f"Logits(raises {raised} ..., lowers {lowered} ...; mean {self.mean:.3g}, std {self.std:.3g})"
+
+    def _repr_html_(self) -> str:
+        facts = [(f"{how} {printable(text)!r}", f"{by:+.3f}")
+                 for how, some in (("raises", self.top), ("lowers", self.bottom)) for _, text, by in some]  # fmt: skip
+        return facts_html("Logits", [*facts, ("mean, std", f"{self.mean:.3g}, {self.std:.3g}")])
 
 
 @attrs.frozen(eq=False, slots=False, repr=False)

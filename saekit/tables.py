@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-__all__ = ["facts_html", "table_html"]
+__all__ = ["ShownByLines", "facts_html", "table_html"]
 
+_LONGEST = 80  # of a fact in a line of several
 # Colors are those of the page around it; lines are the text's color, made faint.
 _TABLE = "border-collapse:collapse;color:inherit;background:none;font-size:0.95em"
 _LINE = "border:0;border-bottom:1px solid rgba(128,128,128,.35);padding:.15em .8em .15em 0;background:none"
@@ -39,3 +40,24 @@ def table_html(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]
 
 def _table(title: str, rows: str) -> str:
     return f'<table style="{_TABLE}"><caption style="{_TITLE}">{escape(title)}</caption>{rows}</table>'
+
+
+class ShownByLines:
+    """What tells of itself in lines, ``name=value``: one cut line in prompts, a table in notebooks."""
+
+    __slots__ = ()
+
+    def lines(self) -> list[str]:
+        """What is known, a line each."""
+        raise NotImplementedError(f"{type(self).__name__} must have lines()")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(map(_cut, self.lines()))})"
+
+    def _repr_html_(self) -> str:
+        return facts_html(type(self).__name__, [(name, value) for name, _, value in
+                                                (line.partition("=") for line in self.lines())])  # fmt: skip
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= _LONGEST else f"{line[: _LONGEST - 3]}..."

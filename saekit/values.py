@@ -16,6 +16,7 @@ from saekit.errors import ConfigError
 from saekit.forwards import Forward, Replacement, Want
 from saekit.shapes import by_shapes
 from saekit.site import Site, Sites
+from saekit.tables import ShownByLines
 
 if TYPE_CHECKING:
     import torch
@@ -244,8 +245,8 @@ def _is_factor(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-@attrs.frozen(kw_only=True)
-class SAEInfo:
+@attrs.frozen(kw_only=True, repr=False)
+class SAEInfo(ShownByLines):
     """Where an SAE comes from and where it belongs."""
 
     architecture: str = ""
@@ -260,9 +261,8 @@ class SAEInfo:
     """Model name, dataset, context size, token policies and the like: what decides what the SAE is fed."""
     provenance: Mapping[str, Any] = attrs.field(factory=dict, eq=False)
     """What it was read from, of an SAE that was loaded: the ``loader``; the ``repo`` of the Hub, its ``revision`` and
-    the ``folder``; the ``release`` and ``sae_id`` that were asked for; the sha256 of the ``files`` by name; what the
-    files did not state (``defaulted``); their names for what saekit calls otherwise (``renamed``).  What does
-    not apply is not there."""
+    the ``folder``; the ``release`` and ``sae_id`` that were asked for; the sha256 of the ``files`` by name; what these
+    did not state (``defaulted``); their names for what saekit calls otherwise (``renamed``): what of it applies."""
 
     @property
     def scale_is_unknown(self) -> bool:

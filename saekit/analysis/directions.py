@@ -22,6 +22,10 @@ def _at_least_float32(weights: Tensor) -> Tensor:
     return weights.to(torch.promote_types(weights.dtype, torch.float32))
 
 
+def _shape(value: Tensor | None) -> str:
+    return "None" if value is None else str(list(value.shape))
+
+
 @attrs.frozen(eq=False)
 class LogitPath:
     """From what an SAE writes to the logits, past all that lies between: ``W_U``, after ``W_O`` or ``W_out``.
@@ -29,9 +33,9 @@ class LogitPath:
     The last normalization and the bias are left out (the "logit lens" of a direction: nostalgebraist 2020).
     """
 
-    unembedding: Tensor = attrs.field(converter=_at_least_float32)
+    unembedding: Tensor = attrs.field(converter=_at_least_float32, repr=_shape)
     """``[d_model, d_vocab]``, in float32 where the model's is narrower: 8 bits do not tell logits apart."""
-    output_weights: Tensor | None = None
+    output_weights: Tensor | None = attrs.field(default=None, repr=_shape)
     """``[d, d_model]``, of what is not in the residual stream itself."""
 
     def in_residual_stream(self, directions: Tensor) -> Tensor:

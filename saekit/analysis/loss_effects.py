@@ -61,7 +61,7 @@ def check_kind(kind: object) -> None:
         raise ConfigError([("loss_effects", f"must be 'exact', 'direct' or None, found {kind!r}")])
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class LossEffects:
     """What removing features of an SAE does to the loss: cross entropy without the feature less that with it, in nats.
 
@@ -83,6 +83,9 @@ class LossEffects:
     _entry: str | None
     """Exact: where forwards begin."""
     _path: DirectPath | None = None
+
+    def __repr__(self) -> str:
+        return f"LossEffects({self.kind!r}, of {self.features.name!r} in {self.backend.name!r})"
 
     @classmethod
     def of(cls, features: SAETables, sae: SAEModule, backend: ModelBackend, kind: Kind = "exact") -> Self:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import tomllib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from saekit.files.paths import as_path
 from saekit.files.storage import check_file, parse_json
 from saekit.plugins.text import short
 from saekit.protocols import ModelBackend
+from saekit.reasons import alike
 
-__all__ = ["MIN_SIZE", "check_asked", "check_numbers", "read_token_sets"]
+__all__ = ["MIN_SIZE", "check_asked", "check_numbers", "read_token_sets", "sets_of"]
 
 MIN_SIZE = 5
 """A set of fewer tokens is not scored unless that is asked for: one token alone has a score near 1 in many features."""
@@ -28,7 +30,8 @@ def check_asked(sets: Iterable[str], regex: Mapping[str, str] | None) -> None:
     """:class:`ConfigError` for what is neither a kind of sets nor a file, and for what is no pattern."""
     for one in sets:
         if one not in KINDS and not as_path(one).exists():
-            raise ConfigError([("sets", f"{one!r} is neither a file nor one of {', '.join(KINDS)}")])
+            hint = alike(str(one), KINDS)
+            raise ConfigError([("sets", f"{one!r} is neither a file nor one of {', '.join(KINDS)}{hint}")])
     for name, pattern in (regex or {}).items():
         compiled_pattern(name, pattern)
 
@@ -48,9 +51,15 @@ def read_token_sets(path: str | Path, model: ModelBackend | Sequence[str]) -> To
     the file's name.  Texts that are no token are a warning with the first of them; :class:`ConfigError` for a file that
     cannot be read, and for one in which no text is a token.
     """
-    place, texts = as_path(path), vocabulary_of(model)
-    listed = _read(place)
-    found: TokenSets = {}
+    place = as_path(path)
+    return sets_of(_read(place), model, place.name, functools.partial(_wrong, place))
+
+
+def sets_of(
+    listed: Mapping[str, Any], model: ModelBackend | Sequence[str], where: str, wrong: Callable[[str], ConfigError]
+) -> TokenSets:
+    """The same of what a file lists; ``where`` begins a warning, and ``wrong`` makes an error of what is wrong."""
+    texts, found = vocabulary_of(model), TokenSets()
     missing: dict[str, list[str]] = {}
     for name, given in listed.items():
         if isinstance(given, dict) and set(given) == {"regex"}:
@@ -58,26 +67,30 @@ def read_token_sets(path: str | Path, model: ModelBackend | Sequence[str]) -> To
             continue
         if not isinstance(given, list) or not all(isinstance(one, (str, int)) and one is not True for one in given):
             expected = 'a list of texts of tokens or of their ids, or {"regex": "..."}'
-            raise _wrong(place, f"{name!r} must be {expected}, found {short(given)}")
+            raise wrong(f"{name!r} must be {expected}, found {short(given)}")
         if outside := [one for one in given if isinstance(one, int) and not 0 <= one < len(texts)]:
-            raise _wrong(
-                place, f"{name!r} has the id {outside[0]}; those of the vocabulary are 0 to {len(texts) - 1:,}"
-            )
+            raise wrong(f"{name!r} has the id {outside[0]}; those of the vocabulary are 0 to {len(texts) - 1:,}")
         found[name], unknown = tokens_of(texts, given)
         if unknown:
             missing[name] = unknown
-    _tell(place, listed, found, missing)
+    _tell(where, wrong, listed, found, missing)
     return found
 
 
-def _tell(place: Path, listed: dict[str, Any], found: TokenSets, missing: dict[str, list[str]]) -> None:
+def _tell(
+    where: str,
+    wrong: Callable[[str], ConfigError],
+    listed: Mapping[str, Any],
+    found: TokenSets,
+    missing: dict[str, list[str]],
+) -> None:
     for name, unknown in missing.items():
         shown = ", ".join(map(repr, unknown[:_SHOWN])) + (", …" if len(unknown) > _SHOWN else "")
         told = f"{len(unknown):,} of the {len(listed[name]):,} texts of {name!r} are no token of the model: {shown}"
         if not len(found[name]):
             hint = "tokens in the middle of a text mostly begin with a space"
-            raise _wrong(place, f"{told}. No other is left; {hint}")
-        warnings.warn(f"{place.name}: {told}", UserWarning, stacklevel=4)
+            raise wrong(f"{told}. No other is left; {hint}")
+        warnings.warn(f"{where}: {told}", UserWarning, stacklevel=5)
 
 
 def _read(place: Path) -> dict[str, Any]:

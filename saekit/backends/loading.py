@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from saekit.abilities import HasModel
 from saekit.errors import ModelError
@@ -32,16 +32,32 @@ def attached_to(model: object) -> Iterator[None]:
             del _attached[id(model)]
 
 
+@runtime_checkable
+class _HoldsSAEs(Protocol):
+    """A model that SAEs are added to and taken from by methods, as the HookedSAETransformer of sae-lens is."""
+
+    acts_to_saes: Mapping[str, object]
+
+    def reset_saes(self) -> None:
+        """Take them away."""
+
+
 def check_nothing_attached(model: object, what: str) -> None:
     """Raise :class:`saekit.errors.ModelError` where a splice of ``model``, which may be a backend, is open.
 
     ``what`` would be found out in it.
     """
-    if any(id(one) in _attached for one in (model, model.model if isinstance(model, HasModel) else None)):
-        raise ModelError(
-            f"{what} is of the model itself, and something is attached to this one: a splice is open. End its with "
-            "block first, or give another copy of the model"
-        )
+    inner = model.model if isinstance(model, HasModel) else model
+    if id(model) not in _attached and id(inner) not in _attached:
+        return
+    if isinstance(inner, _HoldsSAEs) and inner.acts_to_saes:
+        end = "it has SAEs. Call its reset_saes() first"
+    else:
+        end = "a splice is open. End its with block first"
+    raise ModelError(
+        f"{what} is of the model itself, and something is attached to this one: {end}, or give another copy of the "
+        "model"
+    )
 
 
 def is_wrapper_of_compile(model: object) -> bool:

@@ -62,7 +62,8 @@ def feature_statistics(
     (alone,) = saes if isinstance(saes, (list, tuple)) and len(saes) == 1 else (saes,)
     if (store := store_given(alone)) is not None:
         _only_of_saes({"model": model, "site": site, "fractions": fractions})
-        chosen = store.saes if which_of(alone) is None else {alone.name: alone}
+        name = which_of(alone)
+        chosen = store.saes if name is None else {name: store.saes[name]}
         return _joined({name: one.statistics(logits=logits) for name, one in chosen.items()})
     check_named(saes)
     from saekit.devices import resolve_device
@@ -224,9 +225,9 @@ def token_set_enrichment(
 
     ``sae`` is an SAE, what :func:`saekit.train` returned, a folder, a run, or ``RELEASE:ID``.  ``sets`` are kinds
     (``first_letter``, ``capitals``, ``digits``, ``punctuation``, ``space``, ``names``, ``part_of_speech``; left out,
-    all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to
-    ids of tokens.  ``regex`` are patterns of further sets by name, ``names`` first names in the place of those that
-    ship, ``tagger`` has ``tag([word])`` in the place of nltk's.
+    all but the last) and files, which :func:`saekit.analysis.tsea.read_token_sets` reads; or a mapping of names to ids
+    of tokens or their whole texts.  ``regex`` are patterns of further sets by name, ``names`` first names in the place
+    of those that ship, ``tagger`` has ``tag([word])`` in the place of nltk's.
 
     ``features`` are numbers, ``"all"``, or ``k`` of them: ``"skewed"``, whose logits are skewed most to the right, or
     ``"random"``, both of those that fire: in the last window of training, or by ``fractions [d_sae]``, or a
@@ -282,13 +283,21 @@ def _check_enrichment(
         check_writable(str(as_path(out)), f"cannot write token set enrichment into {str(out)!r}: {{}}")
 
 
+def _has_texts(given: object) -> bool:
+    """Whether a set lists texts of tokens, and not their ids alone."""
+    return isinstance(given, (list, tuple)) and any(isinstance(one, str) for one in given)
+
+
 def _sets(
     sets: Any, backend: Any, regex: Mapping[str, str] | None, names: Iterable[str] | None, tagger: Any
 ) -> Mapping[str, Any]:
+    from saekit.analysis.token_set_files import sets_of
     from saekit.analysis.token_sets import vocabulary_of
     from saekit.analysis.tsea import chosen_sets, token_sets
 
     if isinstance(sets, Mapping):
-        return {**sets, **(token_sets(backend, (), regex=regex) if regex else {})}
+        named = {name: given for name, given in sets.items() if _has_texts(given)}
+        found = sets_of(named, backend, "sets", lambda told: ConfigError([("sets", told)]))
+        return {**sets, **found, **(token_sets(backend, (), regex=regex) if regex else {})}
     asked = [sets] if isinstance(sets, str) else None if sets is None else [*sets]
     return chosen_sets(vocabulary_of(backend), asked, regex=regex, names=names, tagger=tagger)

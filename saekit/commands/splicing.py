@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from saekit.commands.evaluating import ChosenTokens
 from saekit.commands.material import Material, Text
+from saekit.commands.stores import is_store
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import PluginChoice
 from saekit.errors import ConfigError, ModelError
@@ -183,7 +184,7 @@ def _found(
 
 
 def _listed(saes: Any) -> dict[Any, object]:
-    is_one = isinstance(saes, str) or hasattr(saes, "encode") or not isinstance(saes, Iterable)
+    is_one = isinstance(saes, str) or hasattr(saes, "encode") or is_store(saes) or not isinstance(saes, Iterable)
     return dict(enumerate([saes] if is_one else saes))
 
 

@@ -49,7 +49,7 @@ def store_given(what: object) -> FeatureStore | None:
 
     if isinstance(what, FeatureStore):
         return what
-    if isinstance(what, SAEFeatures):
+    if isinstance(what, SAEFeatures) and isinstance(what.store, FeatureStore):
         return what.store
     return FeatureStore.open(what) if isinstance(what, (str, Path)) and is_store(what) else None
 

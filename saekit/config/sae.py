@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
 from saekit.config.fields import NEEDED_TO_LOAD, PluginChoice, a_size, check, plugin_field
+from saekit.config.sae_lens_names import OF_CONFIGS
 from saekit.defaults import DEFAULT_ACTIVATION
 from saekit.errors import ConfigError
 from saekit.kinds import ACTIVATION_FUNCTIONS
@@ -48,6 +49,15 @@ class SAEConfig:
     b_dec_init_method: Literal["zeros", "mean", "geometric_median", "auto"] = "zeros"
     """Start `b_dec` at zero, or at the mean or geometric median of the first activations.  `auto`: at their mean where
     that is most of what activations are, so that features start alive, else at zero."""
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """There is none: the error knows names of sae-lens, which has more in ``sae.cfg``."""
+            known = f", as that of sae-lens has: here it is {OF_CONFIGS[name]}" if name in OF_CONFIGS else ""
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{known}", name=name, obj=self
+            )
 
     def __attrs_post_init__(self) -> None:
         if self.d_sae is not None and self.expansion_factor is not None:

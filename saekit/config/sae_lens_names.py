@@ -1,8 +1,9 @@
-"""The options of sae-lens (2.1.3, 3.0.0 and 6) whose names are others here, and where each of them is."""
+"""The names of sae-lens (2.1.3, 3.0.0 and 6) that are others here, and where each of them is: options, and what SAEs
+have there; of the latter those of dictionary_learning and sparsify, too."""
 
 from __future__ import annotations
 
-__all__ = ["SAE_LENS"]
+__all__ = ["FACTORIES", "OF_CONFIGS", "OF_SAES", "SAE_LENS"]
 
 SAE_LENS: dict[str, str] = {
     # the model
@@ -82,3 +83,81 @@ SAE_LENS: dict[str, str] = {
     "resume_from_checkpoint": "a command: saekit train --resume RUN",
 }
 """What the option is here.  Names that are the same in both, such as ``l1_coefficient``, are found by themselves."""
+
+_METADATA = ("model_name", "dataset_path", "context_size", "prepend_bos", "neuronpedia_id", "sae_lens_training_version")
+
+_ABOUT = {
+    "hook_name": "sae.site.hook_name",
+    "hook_point": "sae.site.hook_name",
+    "hook_point_head_index": "sae.site.hook_head_index",
+    "hook_head_index": "sae.site.hook_head_index",
+    "hook_layer": "a part of sae.site.hook_name",
+    "hook_point_layer": "a part of sae.site.hook_name",
+    "metadata": "sae.info.metadata, and the hook sae.site",
+    **{name: f'sae.info.metadata["{name}"]' for name in _METADATA},
+}
+
+FACTORIES: dict[str, str] = {
+    "load_from_disk": "SAE.load(path)",
+    "load_from_pretrained": "SAE.load(path), and of a name SAE.from_pretrained(release, sae_id)",
+    "load_from_pretrained_legacy": "SAE.load(path)",
+    "from_pretrained_with_cfg_and_sparsity": "SAE.from_pretrained(release, sae_id); sae.to_dict() and sae.log_sparsity",
+    "from_config": "SAE.from_dict(options)",
+    "load_many": "SAE.from_release(release, sae_ids)",
+}
+"""What makes SAEs there, called on the class."""
+
+OF_SAES: dict[str, str] = {
+    **FACTORIES,
+    **_ABOUT,
+    "save_model": "sae.save(path)",
+    "save_inference_model": "sae.save(path)",
+    "save_to_disk": "sae.save(path)",
+    "sparsity": "sae.log_sparsity",
+    "activation_fn": "sae.activation",
+    "get_activation_fn": "sae.activation",
+    "encode_standard": "sae.encode(x)",
+    "encode_gated": "sae.encode(x)",
+    "encode_jumprelu": "sae.encode(x)",
+    "encode_with_hidden_pre": "sae.pre_activations(x), and sae.encode(x)",
+    "encode_with_hidden_pre_fn": "sae.pre_activations(x), and sae.encode(x)",
+    "process_sae_in": "a part of sae.encode(x)",
+    "training_forward_pass": "sae.training_step(x, step), and saekit.train for a run",
+    "set_decoder_norm_to_unit_norm": "done after each step of training (sae.config.normalize_sae_decoder)",
+    "remove_gradient_parallel_to_decoder_directions": "done in each step (sae.config.normalize_sae_decoder)",
+    "fold_activation_norm_scaling_factor": "sae.fold_activation_scale(factor)",
+    "apply_finetuning_scaling_factor": "known by sae.scaling_factor, which is None where there is none",
+    "turn_on_forward_pass_hook_z_reshaping": "not needed: [..., head, d_head] is taken as it is",
+    "turn_off_forward_pass_hook_z_reshaping": "not needed: [..., head, d_head] is taken as it is",
+    "hook_z_reshaping_mode": "not needed: [..., head, d_head] is taken as it is",
+    "run_time_activation_norm_fn_in": "a part of sae.encode(x) (sae.input_transform)",
+    "run_time_activation_norm_fn_out": "a part of sae.decode(features, like=x) (sae.input_transform)",
+    "run_with_cache": "sae.hook_sae_acts_post.add_hook(...), and in a model saekit.splice(model, sae)",
+    "run_with_hooks": "sae.hook_sae_acts_post.add_hook(...), and in a model saekit.splice(model, sae)",
+    "architecture": "sae.info.architecture",
+    # dictionary_learning
+    "activation_dim": "sae.d_in",
+    "dict_size": "sae.d_sae",
+    "encoder": "sae.W_enc [d_in, d_sae] and sae.b_enc",
+    "decoder": "sae.W_dec [d_sae, d_out] and sae.b_dec",
+    "scale_biases": "sae.fold_activation_scale(factor)",
+    "normalize_decoder": "sae.fold_W_dec_norm()",
+    # sparsify
+    "num_latents": "sae.d_sae",
+    "pre_acts": "sae.pre_activations(x)",
+    "select_topk": "sae.encode_topk(x, k)",
+}
+"""What SAEs have there, and what it is called here."""
+
+OF_CONFIGS: dict[str, str] = {
+    **_ABOUT,
+    "architecture": "sae.info.architecture, and a method there",
+    "activation_fn": "sae.config.activation",
+    "activation_fn_str": "sae.config.activation",
+    "activation_fn_kwargs": "sae.config.activation",
+    "device": "sae.device",
+    "normalize_activations": "sae.info.metadata and sae.input_transform",
+    "reshape_activations": "not needed: [..., head, d_head] is taken as it is",
+    "to_dict": "sae.to_dict()",
+}
+"""What the configuration of an SAE (``sae.cfg``) has there, and where it is here."""

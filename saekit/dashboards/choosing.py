@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from saekit.errors import ConfigError
+from saekit.reasons import alike
 
 if TYPE_CHECKING:
     from saekit.features.feature import Feature
@@ -39,7 +40,8 @@ def check_choice(choice: Choice) -> None:
     if len(given) > 1:
         raise ConfigError(f"{' and '.join(given)} each say which features are shown: give one of them")
     if choice.top_by is not None and choice.top_by not in get_args(Order):
-        raise ConfigError([("top_by", f"must be firing, activation or logit, found {choice.top_by!r}")])
+        hint = alike(str(choice.top_by), get_args(Order))
+        raise ConfigError([("top_by", f"must be firing, activation or logit, found {choice.top_by!r}{hint}")])
     if choice.count is not None and choice.top_by is None:
         raise ConfigError([("count", "says how many features top_by takes, and that is not given")])
     for name in ("random", "count"):

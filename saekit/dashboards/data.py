@@ -111,11 +111,11 @@ def feature_data(
         ],
         "firing": None if feature.dead else _histogram(feature.histogram()),
         "logits": _logits(feature.logits, look.logits),
-        "alignment": _rows(feature.alignment(look.rows)),
-        "neurons": [row[:3] for row in _partners(feature.neurons(look.rows))],
-        "partners": _partners(feature.partners("pearson", look.rows)),
-        "together": _partners(feature.partners("jaccard", look.rows)),
-        "neighbors": _rows(feature.neighbors(look.rows)),
+        "alignment": _rows(feature.alignment()[: look.rows]),
+        "neurons": [row[:3] for row in _partners(feature.neurons()[: look.rows])],
+        "partners": _partners(feature.partners("pearson")[: look.rows]),
+        "together": _partners(feature.partners("jaccard")[: look.rows]),
+        "neighbors": _rows(feature.neighbors()[: look.rows]),
         "loss_effect_kind": None if effects is None else effects.kind,
     }
 

@@ -146,13 +146,13 @@ def numbers_of_feature(feature: Feature, digits: int, *, rows: int, logits: int,
 
     ``correlated_*_l1`` are cosines, whatever their name: that is what is written and read there.
     """
-    aligned = feature.alignment(rows)
+    aligned = feature.alignment()[:rows]
     found: dict[str, Any] = {
         "neuron_alignment_indices": [index for index, _, _ in aligned],
         "neuron_alignment_values": rounded([value for _, value, _ in aligned], digits),
         "neuron_alignment_l1": rounded([share for _, _, share in aligned], digits),
     }
-    for name, partners in (("neurons", feature.neurons(rows)), ("features", feature.partners("pearson", rows))):
+    for name, partners in (("neurons", feature.neurons()[:rows]), ("features", feature.partners("pearson")[:rows])):
         found[f"correlated_{name}_indices"] = [one.index for one in partners]
         found[f"correlated_{name}_pearson"] = rounded([one.pearson for one in partners], digits)
         found[f"correlated_{name}_l1"] = rounded([one.cosine for one in partners], digits)

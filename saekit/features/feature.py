@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import attrs
 import numpy as np
@@ -19,6 +20,7 @@ from saekit.tables import facts_html
 __all__ = ["BINS", "Feature", "Histogram", "Logits", "Partner"]
 
 BINS = 50
+_T = TypeVar("_T")
 
 
 @attrs.frozen(eq=False)
@@ -50,7 +52,7 @@ class Partner:
     """Of features: tokens on which both fire, as a fraction of those on which either does."""
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen(eq=False, repr=False)
 class Logits:
     """What an activation of 1 adds to the logits on the direct path, ``d W_U``, past the last normalization."""
 
@@ -62,6 +64,15 @@ class Logits:
     """Over the vocabulary."""
     mean: float
     std: float
+
+    def __repr__(self) -> str:
+        raised, lowered = (" ".join(repr(text) for _, text, _ in some[:3]) for some in (self.top, self.bottom))
+        return f"Logits(raises {raised} ..., lowers {lowered} ...; mean {self.mean:.3g}, std {self.std:.3g})"
+
+    def _repr_html_(self) -> str:
+        facts = [(f"{how} {printable(text)!r}", f"{by:+.3f}")
+                 for how, some in (("raises", self.top), ("lowers", self.bottom)) for _, text, by in some]  # fmt: skip
+        return facts_html("Logits", [*facts, ("mean, std", f"{self.mean:.3g}, {self.std:.3g}")])
 
 
 @attrs.frozen(eq=False, slots=False, repr=False)
@@ -272,16 +283,17 @@ class Feature:
     def partners(self, by: Literal["pearson", "jaccard"] = "pearson", n: int | None = None) -> list[Partner]:
         """The features of the same SAE that fire most together with it, the strongest first.
 
-        Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made.
+        Of all features of the SAE, whichever of them are in the store; as many as were asked for when it was made
+        (``partners``), of which a ``UserWarning`` tells where ``n`` is more.
         """
         if by not in ("pearson", "jaccard"):
             raise ConfigError([("by", f"must be 'pearson' or 'jaccard', found {by!r}; each of them has its "
               "cosine, and neighbors() are by that of directions")])  # fmt: skip
-        return self._partners(f"features_by_{by}")[: first(n)]
+        return self._strongest(self._partners(f"features_by_{by}"), n)
 
     def neurons(self, n: int | None = None) -> list[Partner]:
         """The coordinates of the SAE's input that correlate most with it, the strongest first."""
-        return self._partners("neurons")[: first(n)]
+        return self._strongest(self._partners("neurons"), n)
 
     def alignment(self, n: int | None = None) -> list[tuple[int, float, float]]:
         """The largest coordinates of its decoder direction: number, value, and share of the direction's L1 norm.
@@ -290,7 +302,7 @@ class Feature:
         """
         numbers, values, shares = (self.sae.table("weights", f"alignment_{x}") for x in ("index", "value", "share"))
         row = zip(numbers[self._row].tolist(), values[self._row].tolist(), shares[self._row].tolist(), strict=True)
-        return [one for one in row if one[0] >= 0][: first(n)]
+        return self._strongest([one for one in row if one[0] >= 0], n)
 
     def neighbors(self, n: int | None = None) -> list[tuple[int, float]]:
         """The features whose decoder directions are most like its own, with the cosine, the most alike first.
@@ -299,7 +311,7 @@ class Feature:
         """
         numbers, cosines = self.sae.table("weights", "neighbor_index"), self.sae.table("weights", "neighbor_cos")
         row = zip(numbers[self._row].tolist(), cosines[self._row].tolist(), strict=True)
-        return [one for one in row if one[0] >= 0][: first(n)]
+        return self._strongest([one for one in row if one[0] >= 0], n)
 
     def head_shares(self) -> list[float] | None:
         """Of the norms of its decoder direction at each head, which add up to 1; None where no heads lie side by side.
@@ -322,6 +334,14 @@ class Feature:
         )
         edges = np.linspace(float(of["low"]), float(of["high"]), len(of["histogram"]) + 1)
         return Logits(top, bottom, Histogram(edges, of["histogram"]), float(of["mean"]), float(of["std"]))
+
+    def _strongest(self, found: list[_T], n: int | None) -> list[_T]:
+        """The first ``n``, with a warning where the store keeps fewer."""
+        kept = int(self.sae.store.manifest.options["partners"])
+        if n is not None and first(n) is not None and n > kept == len(found):
+            told = f"the store keeps the {kept:,} strongest of each feature, and {n:,} are asked for: "
+            warnings.warn(f"{told}saekit.collect_features(..., partners={n}) keeps more", UserWarning, stacklevel=3)
+        return found[:n]
 
     def _partners(self, which: str) -> list[Partner]:
         tables = self.sae.tables("together")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 import attrs
 import numpy as np
@@ -26,7 +26,11 @@ __all__ = ["FeatureStore", "SAEFeatures"]
 @attrs.frozen(eq=False, slots=False, repr=False)
 class FeatureStore(StoreFiles):
     """What features of one or several SAEs of a model do on the same contexts; :func:`saekit.collect_features` makes
-    it."""
+    it.
+
+    ``store[3]`` is a feature of its only SAE, ``store["NAME"]`` an SAE of several; it yields the features of all, and
+    their number is its length.
+    """
 
     @classmethod
     def open(cls, folder: str | Path, *, verify: bool | None = None) -> Self:
@@ -62,21 +66,47 @@ class FeatureStore(StoreFiles):
         """A feature of the only SAE."""
         return self.sae.feature(index)
 
+    def __len__(self) -> int:
+        return sum(len(one) for one in self.saes.values())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __iter__(self) -> Iterator[Feature]:
+        return (feature for one in self.saes.values() for feature in one)
+
+    @overload
+    def __getitem__(self, which: str) -> SAEFeatures: ...
+
+    @overload
+    def __getitem__(self, which: int) -> Feature: ...
+
+    def __getitem__(self, which: int | str) -> Feature | SAEFeatures:
+        if not isinstance(which, str):
+            return self.feature(which)
+        if which not in self.saes:
+            raise ConfigError([("sae", f"must be one of the store's, {', '.join(self.saes)}; found {which!r}")])
+        return self.saes[which]
+
     def __repr__(self) -> str:
-        number, tokens = sum(len(one) for one in self.saes.values()), self.n_contexts * self.context_size
+        number, tokens = len(self), self.n_contexts * self.context_size
         saes = f"{len(self.saes)} SAE{'s' if len(self.saes) > 1 else ''}"
         return f"FeatureStore({str(self.folder)!r}: {number:,} features of {saes} on {tokens:,} tokens)"
 
 
 @attrs.frozen(eq=False, slots=False, repr=False)
 class SAEFeatures(SAETables):
-    """What a store has of one SAE.  It has a length, the features' number, and yields them one by one."""
+    """What a store has of one SAE.  It has a length, the features' number, and yields them one by one;
+    ``[3]`` is that of this number."""
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __repr__(self) -> str:
         return f"SAEFeatures({self.name!r}: {len(self):,} features on {self.tokens_counted:,} tokens)"
+
+    def __getitem__(self, index: int) -> Feature:
+        return self.feature(index)
 
     def __iter__(self) -> Iterator[Feature]:
         return (Feature(self, int(index), row) for row, index in enumerate(self.indices))

@@ -27,6 +27,7 @@ from saekit.pretrained.pushing import push_sae
 from saekit.sae.folder import save_sae
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
+from saekit.site import Site, Sites
 from saekit.values import Ports
 
 __all__ = ["SAE"]
@@ -35,7 +36,29 @@ _S = TypeVar("_S", bound="SAE")
 
 
 class SAE(SAEModule):
-    """What users load, and architectures derive from; all it can do beside files is :class:`SAEModule`'s."""
+    """A sparse autoencoder (SAE), or a transcoder or crosscoder: activations as a few active features out of many.
+
+    It reads activations ``x [..., d_in]`` of a language model, makes ``d_sae`` features of them, most of which are 0,
+    and from these what it reads (or of a transcoder, what it writes) ``[..., d_out]``; ``W_dec [d_sae, d_out]`` has
+    the direction of each feature in its rows.  It is a :class:`torch.nn.Module`::
+
+        sae = saekit.SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
+        model = saekit.load_model(sae.info.metadata["model_name"])
+        tokens = torch.tensor([model.tokenize("The Golden Gate Bridge")])
+        x = model.run(tokens, read=[sae.site.hook_name]).held[sae.site.hook_name]  # [batch, position, d_in]
+        with torch.no_grad():
+            features = sae.encode(x)  # [batch, position, d_sae]
+            reconstruction = sae.decode(features, like=x)  # [batch, position, d_in], as sae(x)
+
+    - Get one: :meth:`from_pretrained`, :meth:`from_hub`, :meth:`load`, :func:`saekit.train`, :meth:`from_dict`.
+    - Use it: :meth:`encode`, :meth:`encode_topk`, :meth:`encode_sparse`, :meth:`decode`, ``sae(x)``; six hook points.
+    - Know it: :attr:`info`, :attr:`site`, :attr:`config`, :attr:`log_sparsity`; :func:`saekit.evaluate`.
+    - Look at its features, and put it into its model: :func:`saekit.top_texts`, :func:`saekit.dashboard`,
+      :func:`saekit.splice`.
+    - Keep it: :meth:`save`, :meth:`export`, :meth:`push_to_hub`.
+
+    Architectures derive from this class: see :class:`saekit.sae.SAEModule`.
+    """
 
     beside_mathematics: ClassVar[frozenset[str]] = frozenset(
         {"export", "from_dict", "from_hub", "from_pretrained", "from_release", "load", "push_to_hub", "save", "to_dict"}
@@ -101,6 +124,7 @@ class SAE(SAEModule):
         options: Mapping[str, Any],
         *,
         ports: Ports | None = None,
+        site: Site | Sites | str | None = None,
         seed: int = 42,
         device: str = "cpu",
         plugins: PluginManager | None = None,
@@ -110,9 +134,12 @@ class SAE(SAEModule):
         ``{"name": "topk", "d_in": 768, "d_sae": 6144, "k": 32}``; ``architecture`` is understood for ``name``, too.
         ``b_dec`` starts at zero, as there are no activations to take a mean of.  ``ports`` are the sites with their
         widths, of what has several; among the options they are ``{"inputs": {"a": 8}, "targets": {"b": 4}}``.
-        ``input_transform`` is there what normalizes rows, by its name or with its options.
+        ``input_transform`` is there what normalizes rows, by its name or with its options.  ``site`` is where in a
+        model it belongs, as :attr:`site` is set: a hook's name, a :class:`saekit.Site` or :class:`saekit.Sites`.
         """
-        return _as(cls, made_from(options, ports, seed, device, plugins))
+        made = _as(cls, made_from(options, ports, seed, device, plugins))
+        made.site = site
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         """The options of :meth:`from_dict`, which makes the same kind of SAE of them, of other weights.

@@ -42,8 +42,11 @@ class Familiar(nn.Module):
         return self.config
 
     def get_name(self) -> str:
-        """What names it in plots and files, as far as it is known: ``sae_gpt2-small_blocks.8.hook_resid_pre_24576``."""
-        known = (self.info.metadata.get("model_name"), self.info.site and self.info.site.name, self.d_sae)
+        """What names it in plots and files, as far as it is known: ``sae_gpt2-small_blocks.8.hook_resid_pre_24576``.
+
+        Of what has several sites all are named: ``a+b`` of a crosscoder, ``a-to-b`` of a transcoder.
+        """
+        known = (self.info.metadata.get("model_name"), self.info.sites and self.info.sites.name, self.d_sae)
         return "_".join(["sae", *(str(one) for one in known if one is not None)])
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

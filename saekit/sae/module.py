@@ -20,12 +20,14 @@ from saekit.kernels import inference
 from saekit.kernels.sparse import SparseFeatures
 from saekit.protocols import ActivationFunction
 from saekit.sae import init
+from saekit.sae.attributes import Named
 from saekit.sae.familiar import Familiar
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_input, check_rows, check_sequences, check_size, check_type, check_width
 from saekit.sae.learning import Learning
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
+from saekit.sae.placing import Placed
 from saekit.sae.shown import in_a_table, in_one_line
 from saekit.sae.transforms import Transforming
 from saekit.sae.ways import Ways
@@ -35,7 +37,7 @@ from saekit.values import Ports, SAEInfo, StepInput, StepOutput
 __all__ = ["SAEModule"]
 
 
-class SAEModule(Familiar, Hooked, Learning, Transforming, Folding, Ways):
+class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways, Named):
     """Features that are read from some sites and written to some: ``ŷ = (act(x̄ W_enc + b_enc) ⊙ scale) W_dec + b_dec``.
 
     In an SAE both are one site, and ``x̄`` is ``x − b_dec`` or ``x``.  ``scale``, the ``scaling_factor [d_sae]`` of

@@ -16,6 +16,7 @@ from saekit.backends.base import no_hook
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
+from saekit.sae.placing import NO_PLACE, check_ports
 from saekit.site import Site, Sites
 from saekit.splicing.doubts import doubts_of_fit
 from saekit.splicing.places import own_hook, undisturbed
@@ -61,7 +62,7 @@ def check_fits(
 def fitting_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | Site | str | None = None) -> Sites:
     """The same errors and sites without the warnings, for which more must be known."""
     wanted = sites_of(sae, sites)
-    _check_ports(sae, wanted)
+    check_ports(sae.ports, wanted)
     check_tensors({name: _as_it_lies(value) for name, value in sae.named_parameters()}, f"the SAE at {wanted.name}")
     found = _of_model(wanted, backend)
     _check_widths(sae, found, backend)
@@ -81,29 +82,8 @@ def sites_of(sae: SAEModule, sites: Sites | Site | str | None, option: str = "si
     found = Sites.of(sites) or sae.info.sites
     if found is None:
         verb = "are" if option.endswith("s") else "is"
-        raise ConfigError([(option, f"{verb} missing: the SAE does not say where in the model it belongs")])
+        raise ConfigError([(option, f"{verb} missing: {NO_PLACE}; say it here, or for good: sae.site = HOOK")])
     return found
-
-
-def _check_ports(sae: SAEModule, sites: Sites) -> None:
-    """As many sites as there are inputs and targets; what writes elsewhere than it reads must be told where."""
-    ports = sae.ports
-    problems = [
-        (what, f"are {len(named)} ({_listed(named)}), and the SAE has {len(widths)} ({', '.join(widths)})")
-        for what, named, widths in (("inputs", sites.inputs, ports.inputs), ("targets", sites.targets, ports.targets))
-        if len(named) != len(widths)
-    ]
-    if not problems and sites.same and not ports.same:
-        problems = [
-            ("targets", f"are the inputs ({_listed(sites.inputs)}), and it is a transcoder, which writes elsewhere "
-             f"({', '.join(ports.targets)}); give Sites(inputs, targets)")
-        ]  # fmt: skip
-    if problems:
-        raise ConfigError(problems, "the sites")
-
-
-def _listed(sites: Sequence[Site]) -> str:
-    return ", ".join(site.name for site in sites)
 
 
 def _of_model(sites: Sites, backend: ModelBackend) -> Sites:

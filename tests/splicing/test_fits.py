@@ -212,7 +212,8 @@ def test_sites_that_are_not_as_many_as_the_sae_has() -> None:
     assert "inputs: are 2 (hook_embed, blocks.1.hook_resid_post), and the SAE has 1 (x)" in message
     transcoder = mapping({"a": 8}, {"b": 8}, None)
     assert refused(ConfigError, transcoder, FakeBackend()) == (
-        "sites: are missing: the SAE does not say where in the model it belongs"
+        "sites: are missing: the SAE does not say where in the model it belongs; say it here, or for good: "
+        "sae.site = HOOK"
     )
     assert refused(ConfigError, transcoder, FakeBackend(), RESID) == (
         "targets: are the inputs (blocks.1.hook_resid_post), and it is a transcoder, which writes elsewhere (b); give "

@@ -282,3 +282,14 @@ def test_transformer_lens_without_the_class_says_what_to_use(monkeypatch: pytest
     monkeypatch.delitem(sys.modules, "saekit_plugins.backends.hooked_sae_transformer")
     with pytest.raises(ImportError, match=r"has no HookedTransformer.*saekit\.splice\(model, saes\)"):
         import saekit_plugins.backends.hooked_sae_transformer  # noqa: F401
+
+
+def test_what_is_measured_of_a_model_with_saes_says_how_they_go() -> None:
+    hooked, name = model(), next(iter(calls.SAES))
+    hooked.add_sae(named(name))
+    asked: dict[str, Any] = {"model": hooked, "contexts": torch.ones(2, 4, dtype=torch.long), "verbose": False}
+    with pytest.raises(ModelError, match=r"attached to this one: it has SAEs\. Call its reset_saes\(\) first, or give"):
+        saekit.evaluate(named(name), **asked)
+    hooked.reset_saes()
+    with saekit.splice(hooked, named(name)), pytest.raises(ModelError, match=r"a splice is open\. End its with block"):
+        saekit.evaluate(named(name), **asked)

@@ -77,13 +77,12 @@ def dashboard(
 
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
-    ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
-    cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
-    exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
+    ``loss_effects`` is how it tells what removing a feature does to the loss (see
+    :class:`saekit.analysis.loss_effects.LossEffects`): ``"exact"``, as by default of SAEs, ``"direct"``, or None.
+    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard there is replaced; another file only with
+    ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
-    choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
+    choice, sae = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed), sae or which_of(what)
     place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
     check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
@@ -91,7 +90,6 @@ def dashboard(
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    sae = sae or which_of(what)
     check = functools.partial(check_fit, sae=sae, features=features, labels=labels)
     store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
     if place is None:

@@ -170,9 +170,8 @@ def evaluate(
     verbose = verbose and Launched.here(os.environ).rank == 0
     with _by_all(device, verbose=verbose) as (world, say):
         found = _read(saes, plugins, device, say)
-        text = Text(
-            dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed, mask=mask
-        )
+        text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
+                    mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, backend=backend, device=device, say=say)
         results = evaluated(found, chosen, material, choice, site=site, verbose=verbose, say=say, world=world)
         told = _told_to_all(results, found, save, world)

@@ -76,7 +76,6 @@ def collect_features(
     Every activation is kept, up to ``max_per_feature`` of a feature; of one with more a fair sample of contexts, drawn
     by ``seed``, and the ``top_kept`` largest.  ``partners`` and ``logits`` say how many are kept of the features and
     neurons that are active with each, and of the tokens whose logits it raises and lowers.  Its needs are said first.
-
     Without ``folder`` the store goes beside the SAE, into ``features``.  A pass that was interrupted goes on; a store
     that is there is opened, with the names that SAEs have now; one of something else is an error, unless ``overwrite``:
     it stays until the new one is whole.  :class:`SaekitError` for what cannot be found, does not fit or has no room.
@@ -91,7 +90,6 @@ def collect_features(
     from saekit.features.estimate import Options
     from saekit.status import Status
 
-    options = Options(seed=seed, **kept)
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
         found = _found(saes, model, plugins, resolve_device(device, "device"))
@@ -101,6 +99,7 @@ def collect_features(
                     mask=mask)  # fmt: skip
         material = Material(plugins, text, model=model, device=device, say=say)
         work, facts = _of_one_model(found, material, tokens, features, site, batch_size)
+        options = Options(seed=seed, **kept)
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
 
 

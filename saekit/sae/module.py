@@ -45,8 +45,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
     :meth:`add_scaling_factor`.
 
     Takes ``[..., d_in]``, or ``[..., head, d_head]`` with that product; an SAE returns the same shape and dtype.
-    Several inputs are given side by side (:meth:`saekit.Ports.join_input`), and several targets come out so
-    (:meth:`saekit.Ports.split_target`).
+    Several inputs are side by side (:meth:`saekit.Ports.join_input`), and so are targets (``Ports.split_target``).
     Architectures derive from :class:`saekit.SAE`, which also saves and loads.  They state their parameters in
     :meth:`parameters_of`, and override :meth:`losses`, and :meth:`features_of` where they differ.  Those that have fast
     ways list them in :attr:`step_kernels`.

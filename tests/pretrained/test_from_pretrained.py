@@ -211,11 +211,11 @@ def releases(hub: FakeHub, tmp_path: Path) -> Path:
 def test_several_at_once_are_one_lookup_one_listing_and_one_look_at_the_format(
     hub: FakeHub, releases: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from saekit.pretrained import catalog, load
+    from saekit.pretrained import catalog, detecting
 
     detected, looked, before = [], [], len(hub.requests)
-    real, find = load.recognized, catalog.Catalog.find
-    monkeypatch.setattr(load, "recognized", lambda *a: detected.append(1) or real(*a))
+    real, find = detecting.recognized, catalog.Catalog.find
+    monkeypatch.setattr(detecting, "recognized", lambda *a: detected.append(1) or real(*a))
     monkeypatch.setattr(catalog.Catalog, "find", lambda *a: looked.append(1) or find(*a))
     names = ["zero", "two", "one", "three", *(f"number-{n}" for n in range(15, 3, -1))]
     saes = SAE.from_release("mine", names, releases=releases)

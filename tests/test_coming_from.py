@@ -60,9 +60,9 @@ def is_there(name: str) -> bool:
     if name == "sae.use_error_term" or re.match(r"sae(\.\w+)?\(", name):
         words = re.findall(r"\w+", name)
         return words[1] == "use_error_term" or hasattr(saekit.SAE, words[1])
-    path, _, value = name.partition(" = ")
+    path, value = (part.strip(' "') for part in name.partition("=")[::2])
     if path == "sae.name":  # which chooses the options' class
-        return not value or bool(saekit.default_manager().get("sae_architectures", value.strip('"')))
+        return not value or bool(saekit.default_manager().get("sae_architectures", value))
     return path in options().get(path.split(".")[0], set())
 
 

@@ -205,7 +205,9 @@ def _highest(run: RunFolder) -> tuple[SAERun, str] | None:
         if told is None:
             return run.saes[name], why
         alike = max(all_of) <= _ALIKE * min(all_of) if all_of else False
-        more = "" if alike else f", of {number(min(all_of))} to {number(max(all_of))}: compare SAEs of one L0"
+        more = (
+            "" if alike else f", where all have {number(min(all_of))} to {number(max(all_of))}: compare SAEs of one L0"
+        )
         return run.saes[name], f"{why}, at an L0 of {number(told)}{more if len(all_of) > 1 else ''}"
     return None
 

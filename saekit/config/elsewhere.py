@@ -27,7 +27,7 @@ def told(option: UnknownOption, path: str, root: type, plugins: PluginManager) -
     if option.key in RENAMED:
         return f"is called {RENAMED[option.key]} since saekit 0.3"
     if same := tree.get(option.key):
-        return _elsewhere(path, same, option.chosen)
+        return _elsewhere(path, same, option.chosen, plugins)
     if option.key in SAE_LENS and "training_tokens" in tree:  # not below a plugin's options that are read alone
         return f"is a name of sae-lens; here it is {SAE_LENS[option.key]}"
     if option.close:
@@ -36,17 +36,25 @@ def told(option: UnknownOption, path: str, root: type, plugins: PluginManager) -
     return f"is not an option. Did you mean {' or '.join(list(tree[close[0]])[:_AT_MOST])}?" if close else str(option)
 
 
-def _elsewhere(path: str, places: Mapping[str, tuple[str, ...]], chosen: str) -> str:
+def _elsewhere(path: str, places: Mapping[str, tuple[str, ...]], chosen: str, plugins: PluginManager) -> str:
     """``places`` are the paths of options of that name, with the plugins that have it, if not all of a kind do."""
     if owners := places.get(path):
         section = path.rpartition(".")[0]
-        other = min(owners, key=len).removeprefix("saekit:")
+        other = _shortest(min(owners, key=len), plugins)
         return (
             f"is not an option of {chosen or 'the plugin that is chosen'} ({section}.name), but of {_listed(owners)}. "
             f"Choose one of these ({section}.name={other}), or delete it"
         )
     told = [place + (f" (of {_listed(owners)})" if owners else "") for place, owners in places.items()]
     return f"is not an option here; it is {' or '.join(told[:_AT_MOST])}"
+
+
+def _shortest(key: str, plugins: PluginManager) -> str:
+    """``key`` without its distribution, where no other plugin of a kind that has it is called so."""
+    name = key.partition(":")[2]
+    keys = [[item.key for item in registry.items] for registry in plugins.registries.values()]
+    alike = [one for of_kind in keys if key in of_kind for one in of_kind if one.partition(":")[2] == name]
+    return name if alike == [key] else key
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -63,7 +63,7 @@ def warn_of_saes(session: Session) -> None:
         for remark in member.remarks:
             warn_of(f"{who}the SAE at {member.config.sites.name}: {remark}")
         for text in doubts[member.name]:
-            warn_of(text)
+            warn_of(f"{member.name}: {text}" if len(session.members) > 1 else text)
 
 
 def result_of(

@@ -153,8 +153,8 @@ def test_a_sweep(tmp_path: Path) -> None:
     ]  # fmt: skip
     assert rest(text, "next")[-2:] == [
         f"compare them   saekit compare {folder}",
-        f"look at one    saekit show {folder}/0_l1=1  # the highest CE recovered, 0.966, at an L0 of 124.8, of "
-        "17.27 to 124.8: compare SAEs of one L0",
+        f"look at one    saekit show {folder}/0_l1=1  # the highest CE recovered, 0.966, at an L0 of 124.8, "
+        "where all have 17.27 to 124.8: compare SAEs of one L0",
     ]
     assert "l1_coefficient" in text
     assert shown(folder / "0_l1=1").startswith(f"{folder}/0_l1=1: finished\n")

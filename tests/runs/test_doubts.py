@@ -248,3 +248,9 @@ def test_a_threshold_that_is_not_where_training_is_is_told() -> None:
 def test_a_run_tells_of_it(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="which after 8 steps is not where training is"):
         sweeps.train(fake(tmp_path, sae={"name": "batchtopk", "d_sae": 12, "k": 0.4}, training={"lr": 0.1}))
+    both = saekit.grid(
+        fake(tmp_path / "two", sae={"name": "batchtopk", "d_sae": 12, "k": 0.4}, training={"lr": 0.1}),
+        {"sae.k": [0.4, 6.0]}, plugins=sweeps.manager(),
+    )  # fmt: skip
+    with pytest.warns(RuntimeWarning, match="^0_k=0.4: on held-out text "):
+        sweeps.train(both)

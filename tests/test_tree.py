@@ -183,9 +183,11 @@ def test_protocols_import_nothing_that_they_describe() -> None:
     assert own(graph()["saekit.abilities"]) <= travels | parts
     assert own(graph()["saekit.converted"]) <= {"saekit.config.formats", "saekit.config.values"}
     assert own(graph()["saekit.released"]) <= {"saekit.errors", "saekit.files.paths"}
-    assert own(graph()["saekit.values"]) <= {"saekit.errors", "saekit.site", "saekit.forwards", "saekit.shapes"}
+    ground = {"saekit.errors", "saekit.site", "saekit.forwards", "saekit.shapes", "saekit.tables"}
+    assert own(graph()["saekit.values"]) <= ground
     assert own(graph()["saekit.forwards"]) <= {"saekit.shapes"}
     assert own(graph()["saekit.shapes"]) <= {"saekit.plugins.text"}
+    assert not own(graph()["saekit.tables"]), "the ground itself"
     assert own(graph()["saekit.measuring"]) <= {
         "saekit.kernels.sparse",
         "saekit.reasons",

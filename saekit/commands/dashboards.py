@@ -78,10 +78,9 @@ def dashboard(
     Of each feature it has the ``top`` largest activations and ``per_quantile`` texts from each of ``quantiles``
     intervals, with so many tokens before and after (``window``; None: the whole context), drawn by ``seed``.
     ``loss_effects`` is how it tells what removing a feature does to the loss: ``"exact"``, ``"direct"``, which is
-    cheaper, or None, which needs no model; see :class:`saekit.analysis.loss_effects.LossEffects`.  By default it is
-    exact, and nothing where ``what`` is a store, which has no SAE.
-    The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard that is there is replaced; another file
-    only with ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
+    cheaper, or None, without a model (:class:`saekit.analysis.loss_effects.LossEffects`); by default exact, and None of
+    a store, which has no SAE.  The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard is replaced,
+    another file only with ``overwrite``, a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
     choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
     place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
@@ -91,12 +90,12 @@ def dashboard(
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    check = functools.partial(check_fit, sae=sae, features=features, labels=labels)
-    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
+    fits = functools.partial(check_fit, sae=sae, features=features, labels=labels)  # before anything is collected
+    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=fits)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
-    names = names_of([*store.saes], sae)
-    shown, known = _chosen(store, names, choice), labels_of(labels, sizes_of(store, names))
+    shown = _chosen(store, names := names_of([*store.saes], sae), choice)
+    known = labels_of(labels, sizes_of(store, names))
     with Status(verbose=verbose) as say:
         effects = effects_of(what, store, names, loss_effects, collecting, plugins or default_manager(), say)
         _tell_ahead(effects, shown, look, say)

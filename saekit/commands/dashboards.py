@@ -90,12 +90,12 @@ def dashboard(
     from saekit.status import Status
 
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    check = functools.partial(check_fit, sae=sae, features=features, labels=labels)
-    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
+    fits = functools.partial(check_fit, sae=sae, features=features, labels=labels)  # before anything is collected
+    store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=fits)
     if place is None:
         check_page(place := store.folder.absolute().parent / _PAGE, overwrite=overwrite)
-    names = names_of([*store.saes], sae)
-    shown, known = _chosen(store, names, choice), labels_of(labels, sizes_of(store, names))
+    shown = _chosen(store, names := names_of([*store.saes], sae), choice)
+    known = labels_of(labels, sizes_of(store, names))
     with Status(verbose=verbose) as say:
         effects = effects_of(what, store, names, loss_effects, collecting, plugins or default_manager(), say)
         _tell_ahead(effects, shown, look, say)

@@ -156,12 +156,11 @@ def evaluate(
     The tokens that count are those that each SAE says; ``exclude_special_tokens`` and ``seqpos_slice`` say it anew, and
     ``mask`` leaves out others: ``[n, context_size]`` bool for ``contexts``, or a function of tokens ``[b, t]``.
 
-    What is found of an SAE that was read from a folder is written beside it (``evals.json``), unless ``save`` is off,
-    or it was put where it was not trained: at another site, in another model, or one that was processed otherwise.
-    What is worse than the mean is a ``UserWarning``; what is not found or does not fit, a :class:`SaekitError`.
+    What is found of an SAE from a folder is written beside it (``evals.json``), unless ``save`` is off, or it is put
+    into another place or model than in training.  What is worse than the mean is a ``UserWarning``; what is not found
+    or does not fit, a :class:`SaekitError`.
 
-    Of several processes (``torchrun``), each measures on a part of the contexts: the numbers are those of one, all get
-    them, and the first warns and writes.
+    Of several processes (``torchrun``), each measures on a part; all get the numbers, and the first warns and writes.
     """
     plugins = plugins or default_manager()
     chosen = asked_evals(evals, options, plugins)

@@ -92,8 +92,7 @@ def collect_features(
 
     with Status(verbose=verbose) as say:
         say("reading the SAEs")
-        found = _found(saes, model, plugins, resolve_device(device, "device"))
-        check_features(features, {name: one.sae.d_sae for name, one in found.items()})
+        found = _found(saes, model, features, plugins, resolve_device(device, "device"))
         _check_place(place := beside(found) if folder is None else as_path(folder), overwrite)
         text = Text(dataset=dataset, contexts=contexts, n_contexts=n_contexts, context_size=context_size, seed=seed,
                     mask=mask)  # fmt: skip
@@ -103,13 +102,15 @@ def collect_features(
         return _collected(place, work, _manifest(work, facts, options), options, overwrite, verbose, say)
 
 
-def _found(saes: object, model: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
-    """The SAEs by name; :class:`ConfigError` for one of a run that has no model, and so no text."""
+def _found(saes: object, model: object, features: object, plugins: PluginManager, device: str) -> dict[str, Subject]:
+    """The SAEs by name; :class:`ConfigError` for one of a run that has no model, and so no text, and for features that
+    they have not."""
     found = at_home(subjects_of(saes, plugins, device=device), plugins)
     for name, one in found.items():
         if model is None and one.config is not None and not has_model(one.config, plugins):
             raise ConfigError([("model", f"is missing: {name} is of a run that has no language model, so there is no "
                                 "text on which its features could be looked at")])  # fmt: skip
+    check_features(features, {name: one.sae.d_sae for name, one in found.items()})
     return found
 
 

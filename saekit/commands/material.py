@@ -90,6 +90,10 @@ class Material:
         from saekit.splicing.doubts import begin_with_bos, doubts_of_place
         from saekit.splicing.fits import fitting_sites
 
+        if self.text.contexts is None and self.text.dataset is None:
+            for subject in subjects.values():  # before a model is loaded
+                if subject.dataset is None:
+                    _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
         groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
             backend = self.model_of(subject)
@@ -256,8 +260,6 @@ class Material:
         given, config = self.text.dataset, subject.config
         if given is None and subject.dataset is not None:
             given = subject.dataset
-        if given is None:
-            _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
         if config is not None and (given is None or given is subject.dataset):
             evals = attrs.evolve(config.evals, n_contexts=self.text.n_contexts)
             if not evals.held_out_every and evals.split is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from support.tiny import run_config
 
 import saekit
 from saekit import ConfigError, DataError, ModelError, SaekitError
+from saekit.commands import preflight
 from saekit.errors import MissingPackageError, PlaceError, PluginError, PluginFailedError, SAEFormatError
 from saekit.plugins.manager import PluginManager
 
@@ -388,3 +390,28 @@ def test_one_fault_keeps_its_type(tmp_path: Path) -> None:
     assert error(checkpoints={"folder": str(file)}) is PlaceError
     assert error(training=start) is SAEFormatError
     assert error(training=start, checkpoints={"folder": str(file)}) is ConfigError
+
+
+@pytest.mark.parametrize(
+    ("sae", "told"),
+    [
+        ({"name": "topk", "k": 600, "d_sae": 512}, "sae.k: is 600, but there are only 512 features"),
+        ({"name": "batchtopk", "k": 600, "d_sae": 512}, "sae.k: is 600, but there are only 512 features"),
+        (
+            {"name": "topk", "k": 8, "k_start": 600, "k_warm_up_steps": 9, "d_sae": 512},
+            "sae.k_start: is 600, but there",
+        ),
+        ({"name": "topk", "k": 600, "d_in": 8, "expansion_factor": 4}, "sae.k: is 600, but there are only 32 features"),
+        ({"name": "groupmax", "k": 7, "d_sae": 512}, "sae.k: is 7, and 512 features are not so many groups"),
+        ({"name": "matryoshka", "k": 8, "widths": [600], "d_sae": 512}, r"sae.widths: are \[600\], so that levels end"),
+        (
+            {"name": "matryoshka", "k": 8, "widths": [64], "level_weights": [1.0], "d_sae": 512},
+            "sae.level_weights: are 1",
+        ),
+        ({"name": "topk", "k": 600}, None),
+    ],
+)
+def test_what_so_many_features_cannot_be_asked_for(sae: dict[str, Any], told: str | None, tmp_path: Path) -> None:
+    config = saekit.load_config({"sae": sae, "checkpoints": {"folder": str(tmp_path)}})
+    found = "\n".join(preflight.of_training([config], saekit.default_manager()).texts)
+    assert found == "" if told is None else re.search(told, found)

@@ -5,7 +5,7 @@ As with learning rates, a warm-up is at the beginning of training and a decay at
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import attrs
 
@@ -17,6 +17,16 @@ if TYPE_CHECKING:
     from saekit.config import TrainConfig
 
 __all__ = ["L1Options", "at_least_0", "check_coefficients", "check_decay", "check_k", "coefficient_at", "k_at"]
+
+
+@runtime_checkable
+class ChecksFeatures(Protocol):
+    """Options that not every number of features goes with."""
+
+    def check_features(self, d_sae: int) -> None:
+        """:class:`ConfigError` for what so many features cannot be asked for."""
+        ...
+
 
 at_least_0 = check(lambda value: value >= 0, "0 or more")
 
@@ -95,7 +105,11 @@ def k_at(options: Any, step: int) -> int:
 
 
 def check_coefficients(options: Any, whole: TrainConfig) -> None:
-    """:class:`ConfigError` where training ends before λ or k is what was asked for."""
+    """:class:`ConfigError` where training ends before λ or k is what was asked for, and for what as many features as
+    the configuration says cannot be asked for."""
+    d_sae = options.d_sae or (options.features(options.d_in) if options.d_in else None)
+    if d_sae is not None and isinstance(options, ChecksFeatures):
+        options.check_features(d_sae)
     steps = whole.training.steps
     for name, aim in (("l1", "l1_coefficient"), ("l0", "l0_coefficient"), ("k", "k")):
         rising, falling = (getattr(options, f"{name}_{part}_steps", 0) for part in ("warm_up", "decay"))

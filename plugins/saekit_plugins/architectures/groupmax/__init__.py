@@ -11,6 +11,7 @@ import attrs
 
 from saekit import ConfigError, Entry, hookimpl
 from saekit.config import NEEDED_TO_LOAD, check
+from saekit_plugins.architectures.coefficients import check_coefficients
 from saekit_plugins.architectures.topk import TopKConfig
 
 
@@ -28,8 +29,16 @@ class GroupMaxConfig(TopKConfig):
         if self.k_start is not None:
             raise ConfigError([("k_start", "is not for groupmax, whose k groups are of one size; leave it out")])
 
+    def check_features(self, d_sae: int) -> None:
+        super().check_features(d_sae)
+        if d_sae % self.k:
+            raise ConfigError(
+                [("sae.k", f"is {self.k}, and {d_sae} features are not so many groups of one size; choose a k that "
+                  "divides d_sae")]
+            )  # fmt: skip
+
 
 @hookimpl
 def saekit_register_sae_architectures() -> Iterable[Entry]:
     build, summary = f"{__name__}.module:GroupMaxSAE", "the largest feature of each of k groups"
-    yield Entry("groupmax", GroupMaxConfig, build, summary=summary)
+    yield Entry("groupmax", GroupMaxConfig, build, summary=summary, precheck=check_coefficients)

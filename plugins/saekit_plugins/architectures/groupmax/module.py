@@ -8,10 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from saekit import Ports
-from saekit.errors import ConfigError
 from saekit.kernels import StepKernel
-from saekit.protocols import ActivationFunction
 from saekit.sae import check_width
 from saekit_plugins.architectures.groupmax import GroupMaxConfig
 from saekit_plugins.architectures.topk.module import TopKSAE
@@ -30,14 +27,6 @@ class GroupMaxSAE(TopKSAE):
     competes_over = None
     config: GroupMaxConfig
     _name: ClassVar[str] = "groupmax"
-
-    def __init__(self, config: GroupMaxConfig, *, ports: Ports, activation: ActivationFunction) -> None:
-        if (d_sae := config.features(ports.d_in)) % config.k:
-            raise ConfigError(
-                [("sae.k", f"is {config.k}, and {d_sae} features are not so many groups of one size; choose a k that "
-                  "divides d_sae")]
-            )  # fmt: skip
-        super().__init__(config, ports=ports, activation=activation)
 
     def _largest(self, pre: Tensor, k: int) -> Tensor:
         check_width(pre, self.d_sae, "d_sae", "pre-activations")

@@ -68,6 +68,10 @@ class MatryoshkaConfig(BatchTopKConfig):
         if self.aux_loss_levels != "each" and not self.aux_weight:
             raise ConfigError([("aux_loss_levels", "is of AuxK, and aux_loss_coefficient is 0: leave it out")])
 
+    def check_features(self, d_sae: int) -> None:
+        super().check_features(d_sae)
+        self.level_factors(d_sae)
+
     def level_ends(self, d_sae: int) -> tuple[int, ...]:
         """Of ``d_sae`` features those that each level has, rising to all; :class:`ConfigError` if they do not rise."""
         ends = [width if isinstance(width, int) else round(Fraction(repr(width)) * d_sae) for width in self.widths]

@@ -63,6 +63,12 @@ class TopKConfig(SAEConfig):
         if not self.aux_loss_trains_encoder and not self.aux_weight:
             raise ConfigError([("aux_loss_trains_encoder", "is of AuxK, and aux_loss_coefficient is 0: leave it out")])
 
+    def check_features(self, d_sae: int) -> None:
+        """:class:`ConfigError` for what ``d_sae`` features cannot be asked for."""
+        for name in ("k", "k_start"):
+            if (k := getattr(self, name)) is not None and k > d_sae:
+                raise ConfigError([(f"sae.{name}", f"is {k:g}, but there are only {d_sae} features")])
+
     @property
     def aux_weight(self) -> float:
         """``aux_loss_coefficient`` in numbers."""

@@ -147,10 +147,7 @@ class TopKSAE(RevivingSAE):
 
     def __init__(self, config: TopKConfig, *, ports: Ports, activation: ActivationFunction) -> None:
         check_relu(activation, f"{self._name} is defined by the largest pre-activations themselves")
-        features = config.features(ports.d_in)
-        for name in ("k", "k_start"):
-            if (k := getattr(config, name)) is not None and k > features:
-                raise ConfigError([(f"sae.{name}", f"is {k:g}, but there are only {features} features")])
+        config.check_features(config.features(ports.d_in))
         super().__init__(config, ports=ports, activation=activation)
 
     activation: Any

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import tomllib
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saekit.analysis.token_sets import KINDS, TokenSets, compiled_pattern, token_sets, tokens_of, vocabulary_of
+from saekit.cautions import warn
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, parse_json
@@ -77,7 +77,7 @@ def _tell(place: Path, listed: dict[str, Any], found: TokenSets, missing: dict[s
         if not len(found[name]):
             hint = "tokens in the middle of a text mostly begin with a space"
             raise _wrong(place, f"{told}. No other is left; {hint}")
-        warnings.warn(f"{place.name}: {told}", UserWarning, stacklevel=4)
+        warn(f"{place.name}: {told}", UserWarning)
 
 
 def _read(place: Path) -> dict[str, Any]:

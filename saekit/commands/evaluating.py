@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.backends.loading import check_nothing_attached
+from saekit.cautions import warn
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import DistributedConfig, PluginChoice, TokensConfig
@@ -261,7 +262,7 @@ def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: 
     told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=4)
+            warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning)
         file = subjects[name].file
         written = file is not None and save and _save(file, one)
         told[name] = attrs.evolve(one, file=file) if written else one
@@ -275,6 +276,6 @@ def _save(file: Path, found: Evaluation) -> bool:
     try:
         write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
-        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=4)
+        warn(f"{error}: the numbers are not kept there", UserWarning)
         return False
     return True

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import TypeAlias
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.errors import PluginFailedError, PluginWarning
 from saekit.plugins.building import blamed, built, returned
 from saekit.plugins.choice import Choice
@@ -50,7 +50,7 @@ def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score
             failed.append(" ".join([error_text(error), *notes]))
     if found:
         for text in failed:
-            warnings.warn(text, PluginWarning, stacklevel=5)
+            warn(text, PluginWarning)
     return sorted(found, key=lambda one: -one[0]), failed
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.base import no_hook
 from saekit.backends.forward import put
 from saekit.backends.replacing import Replacing, replacement_of, replacements_of
+from saekit.cautions import warn
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.reasons import alike
@@ -245,7 +245,7 @@ class Spliced:
             return
         for said in dict.fromkeys(doubt_of_bos(one.sae, begins) for one in self.attachments):
             if said is not None:
-                warnings.warn(said, UserWarning, stacklevel=2)
+                warn(said, UserWarning)
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""

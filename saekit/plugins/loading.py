@@ -50,7 +50,7 @@ class Point:
         if self.fault is not None:
             raise PluginError(self.fault)
         found: object = self.found.load()
-        stands_between(self.found.module)
+        stands_between(self.found.value.partition(":")[0])
         return found
 
 

@@ -21,12 +21,13 @@ def by_shapes(self: object) -> str:
 
     What is None or empty is left out, and of long mappings most entries are.
     """
-    if attrs.has(type(self)):
-        fields = {one.alias: getattr(self, one.name) for one in attrs.fields(type(self)) if one.repr}
+    cls = type(self)
+    if attrs.has(cls):
+        fields = {one.alias: getattr(self, one.name) for one in attrs.fields(cls) if one.repr}
     else:
         fields = self._asdict()  # type: ignore[attr-defined]
     shown = [f"{name}={_shown(value)}" for name, value in fields.items() if not _is_nothing(value)]
-    return f"{type(self).__name__}({', '.join(shown)})"
+    return f"{cls.__name__}({', '.join(shown)})"
 
 
 def _is_nothing(value: object) -> bool:

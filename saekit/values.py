@@ -227,7 +227,8 @@ class StepOutput(NamedTuple):
     metrics: Mapping[str, float | Tensor] = {}
     """The architecture's own metrics, logged under these names; tensors are scalars."""
 
-    __repr__ = by_shapes
+    def __repr__(self) -> str:
+        return by_shapes(self)
 
 
 Scale: TypeAlias = float | Mapping[str, float]

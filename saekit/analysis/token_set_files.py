@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import json
 import tomllib
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from saekit.analysis.token_sets import KINDS, TokenSets, compiled_pattern, token_sets, tokens_of, vocabulary_of
+from saekit.cautions import warn
 from saekit.errors import ConfigError
 from saekit.files.paths import as_path
 from saekit.files.storage import check_file, parse_json
@@ -90,7 +90,7 @@ def _tell(
         if not len(found[name]):
             hint = "tokens in the middle of a text mostly begin with a space"
             raise wrong(f"{told}. No other is left; {hint}")
-        warnings.warn(f"{where}: {told}", UserWarning, stacklevel=5)
+        warn(f"{where}: {told}", UserWarning)
 
 
 def _read(place: Path) -> dict[str, Any]:

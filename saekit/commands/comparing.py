@@ -6,13 +6,13 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.commands.evaluating import ChosenTokens, asked_evals, check_arguments, checked_data, evaluated
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
@@ -101,7 +101,7 @@ def _of(results: Mapping[str, Evaluation]) -> Comparison:
 
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}", UserWarning, stacklevel=3)
+            warn(f"{name}: {remark}", UserWarning)
     first = next(iter(results.values())).about
     shared = {
         name: first.get(name)
@@ -213,7 +213,7 @@ def _written(compared: Comparison, folder: Path) -> tuple[Path, ...]:
                 files.append(path)
         except Exception as error:  # of matplotlib, of the disk, of numbers that nobody has thought of
             told = str(error) if isinstance(error, SaekitError) else f"{path.name}: {error_text(error)}"
-            warnings.warn(f"a picture of the comparison was not drawn: {told}", RuntimeWarning, stacklevel=3)
+            warn(f"a picture of the comparison was not drawn: {told}", RuntimeWarning)
     return tuple(files)
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import attrs
 
 from saekit.backends.loading import check_nothing_attached
+from saekit.cautions import warn
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, subjects_of
 from saekit.config import DistributedConfig, PluginChoice, TokensConfig
@@ -334,7 +335,7 @@ def _tell_and_save(results: Evaluations, subjects: Mapping[str, Subject], save: 
     told = Evaluations()
     for name, one in results.items():
         for remark in one.remarks:
-            warnings.warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning, stacklevel=4)
+            warn(f"{name}: {remark}" if len(results) > 1 else remark, UserWarning)
         file = subjects[name].file if save else None
         written = file is not None and _is_of_its_place(file, one) and _save(file, one)
         told[name] = attrs.evolve(one, file=file) if written else one
@@ -346,7 +347,7 @@ def _is_of_its_place(file: Path, found: Evaluation) -> bool:
     own = not found.about.get("unlike_training")
     if not own:
         told = f"the numbers are not kept in {file}: that is for those of the SAE in the place where it was trained"
-        warnings.warn(told, UserWarning, stacklevel=4)
+        warn(told)
     return own
 
 
@@ -357,6 +358,6 @@ def _save(file: Path, found: Evaluation) -> bool:
     try:
         write_text(file, json_text(found.to_dict()) + "\n")
     except StorageError as error:
-        warnings.warn(f"{error}: the numbers are not kept there", UserWarning, stacklevel=4)
+        warn(f"{error}: the numbers are not kept there", UserWarning)
         return False
     return True

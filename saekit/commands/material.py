@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from saekit.abilities import HasModel
+from saekit.cautions import warn
 from saekit.commands.looking import backend_of, corpus_of, load_model
 from saekit.commands.subjects import Subject
 from saekit.config import EvalsConfig, PluginChoice
@@ -134,11 +134,10 @@ class Material:
         if subject.fault is None or subject.name in self._told:
             return
         self._told.add(subject.name)
-        warnings.warn(
+        warn(
             f"{subject.fault}\nThe model and the text are those that the SAE itself says, with their options left at "
             "the defaults; name others by model= and dataset=",
             RuntimeWarning,
-            stacklevel=2,
         )
 
     def _say(self, text: str) -> None:
@@ -245,11 +244,10 @@ class Material:
             mask = None if taken.counts is None else torch.from_numpy(taken.counts)
         if len(found) < self.text.n_contexts:
             which = "held-out text" if held_out else "text"
-            warnings.warn(
+            warn(
                 f"the {which} fills {len(found):,} contexts of {corpus.context_size:,} tokens, and "
                 f"{self.text.n_contexts:,} were asked for (n_contexts): numbers are of those",
                 RuntimeWarning,
-                stacklevel=2,
             )
         return found, mask
 
@@ -317,10 +315,9 @@ def _held_out(subject: Subject) -> tuple[int, str | None]:
     if not ours:
         return 0, None
     assumed = EvalsConfig().held_out_every
-    warnings.warn(
+    warn(
         f"{subject.name} does not say which documents were held out from its training, as SAEs of older saekit do not: "
         f"one document in {assumed} is taken to be, as it was by default. Where that was changed, name another text",
         RuntimeWarning,
-        stacklevel=2,
     )
     return assumed, None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from saekit.cautions import warn
 from saekit.data.contexts import Contexts
 from saekit.data.faults import check_counts
 from saekit.data.recipe import ForwardInput, MadeBatch, row_sums
@@ -179,11 +179,10 @@ class ActivationStream:
                 "model.dtype or another model.device"
             ) from error
         if self._at_once == self._batch_size:
-            warnings.warn(
+            warn(
                 f"the model ran out of memory on {at_once} contexts at once; it goes on with fewer. Lower the source's "
                 "batch size (store_batch_size_prompts) to avoid the attempt",
                 RuntimeWarning,
-                stacklevel=4,
             )
         self._at_once = at_once // 2
         free_memory()

@@ -14,7 +14,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import attrs
 import numpy as np
 
 from saekit._version import __version__
+from saekit.cautions import warn
 from saekit.exports.bulk import Bulk
 from saekit.exports.examples import Texts, strict_json
 from saekit.exports.folder import ExportFolder, exporting
@@ -155,23 +155,19 @@ class NeuronpediaExport:
     def _warn(self, shown: Sequence[int], skipped: Sequence[int]) -> None:
         sae = self.sae
         if not shown:
-            warnings.warn(
+            warn(
                 f"none of the {len(skipped):,} features of {sae.name} fires on more than 10^{self.settings.least:g} of "
                 "the tokens: there is no batch, and all of them are in skipped_indexes.json",
                 UserWarning,
-                stacklevel=4,
             )
         if sae.why_no_logits is not None:
-            warnings.warn(
-                f"{sae.name}: the fields about logits are empty, for {sae.why_no_logits}", UserWarning, stacklevel=4
-            )
+            warn(f"{sae.name}: the fields about logits are empty, for {sae.why_no_logits}", UserWarning)
         missing = sae.about.d_sae - len(sae)
         if missing and self.settings.features is None:
-            warnings.warn(
+            warn(
                 f"{sae.name}: {missing:,} of its {sae.about.d_sae:,} features are not in the store, so they are in no "
                 "batch, and not among the skipped ones",
                 UserWarning,
-                stacklevel=4,
             )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal, TypeVar
@@ -11,6 +10,7 @@ import attrs
 import numpy as np
 from numpy.typing import NDArray
 
+from saekit.cautions import warn
 from saekit.errors import ConfigError
 from saekit.features.tables import SAETables
 from saekit.features.windows import Quantile, Width, Window, check_count, check_width, distinct, first, intervals, span
@@ -340,7 +340,7 @@ class Feature:
         kept = int(self.sae.store.manifest.options["partners"])
         if n is not None and first(n) is not None and n > kept == len(found):
             told = f"the store keeps the {kept:,} strongest of each feature, and {n:,} are asked for: "
-            warnings.warn(f"{told}saekit.collect_features(..., partners={n}) keeps more", UserWarning, stacklevel=3)
+            warn(f"{told}saekit.collect_features(..., partners={n}) keeps more")
         return found[:n]
 
     def _partners(self, which: str) -> list[Partner]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import attrs
 
+from saekit.cautions import stands_between
 from saekit.errors import PluginError
 from saekit.plugins.text import printable, short
 from saekit.reasons import last_line
@@ -48,7 +49,9 @@ class Point:
         """Import it.  Raises whatever the stranger's module raises, and :class:`PluginError` for :attr:`fault`."""
         if self.fault is not None:
             raise PluginError(self.fault)
-        return self.found.load()
+        found: object = self.found.load()
+        stands_between(self.found.value.partition(":")[0])
+        return found
 
 
 def installed_points() -> list[Point]:

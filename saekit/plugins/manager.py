@@ -6,13 +6,13 @@ import contextlib
 import functools
 import os
 import sys
-import warnings
 from collections.abc import Iterable
 from typing import Any, TypeVar, overload
 
 import attrs
 import pluggy
 
+from saekit.cautions import warn
 from saekit.errors import PluginError, PluginWarning
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins import hookspecs
@@ -202,7 +202,7 @@ class PluginManager:
         self.failures.append(Failure(plugin, version, reason))
         text = f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}"
         try:
-            warnings.warn(text, PluginWarning, stacklevel=4)
+            warn(text, PluginWarning)
         except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
             with contextlib.suppress(Exception):
                 sys.stderr.write(f"warning: {text}\n")

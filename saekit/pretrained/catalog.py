@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.errors import AmbiguousKeyError, ConfigError, PluginWarning, UnknownKeyError
 from saekit.files.paths import as_path
 from saekit.pretrained.hooks_of import with_hooks
@@ -146,7 +146,7 @@ def _of_plugins(plugins: PluginManager | None) -> Iterator[Release]:
         except Exception as error:
             notes = getattr(error, "__notes__", ())
             text = " ".join([error_text(error), *notes])
-            warnings.warn(f"the releases of {item.key} were left out: {text}", PluginWarning, stacklevel=4)
+            warn(f"the releases of {item.key} were left out: {text}", PluginWarning)
 
 
 def _owned(release: Release, distribution: str, plugin: str) -> Release:

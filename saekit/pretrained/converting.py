@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import attrs
 
 from saekit.abilities import ConvertsConfigs
+from saekit.cautions import warn
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.converted import ConvertedConfig
@@ -50,7 +50,7 @@ def convert_config(table: Mapping[str, Any], *, plugins: PluginManager | None = 
     if failed and not found:
         raise failed[0]
     for failure in failed:
-        warnings.warn(error_text(failure), PluginWarning, stacklevel=2)
+        warn(error_text(failure), PluginWarning)
     if len(found) > 1:
         raise ConfigError(
             f"{' and '.join(found)} both know this configuration; leave one out (SAEKIT_DISABLE_PLUGINS=DISTRIBUTION)"

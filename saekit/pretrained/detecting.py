@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
 import attrs
 
 from saekit.abilities import KnowsParts
+from saekit.cautions import warn
 from saekit.errors import PluginFailedError, PluginWarning, SAEFormatError
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.building import blamed, built, returned
@@ -63,7 +63,7 @@ def recognized(items: Iterable[Registered], files: SAEFiles) -> tuple[list[Score
             failed.append(" ".join([error_text(error), *notes]))
     if found:
         for text in failed:
-            warnings.warn(text, PluginWarning, stacklevel=5)
+            warn(text, PluginWarning)
     return sorted(found, key=lambda one: -one[0]), failed
 
 
@@ -114,11 +114,10 @@ def _warn_of_others(found: Sequence[Score], files: SAEFiles) -> None:
     names = [one.entry.name for one in everyone]
     own, *rest = names if len({*names}) == len(names) else [one.key for one in everyone]
     what = [f"{name} [{one.entry.summary}]" for one, name in zip(everyone, (own, *rest), strict=True)]
-    warnings.warn(
+    warn(
         f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: the files are alike, and their "
         f"path does not tell. loader={' or '.join(map(repr, rest))} reads the other, and loader={own!r} says that this "
-        "is right",
-        stacklevel=9,  # who calls SAE.load
+        "is right"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.ambient import ambient
+from saekit.cautions import warn
 from saekit.config import PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
@@ -207,11 +207,10 @@ def build_sae(
         sae.cast_weights(getattr(torch, dtype))
     sae.log_sparsity = None if read.log_sparsity is None else read.log_sparsity.detach().clone()
     if sae.info.scale_is_unknown:
-        warnings.warn(
+        warn(
             f"the SAE in {place} was trained on activations scaled to mean norm sqrt(d_in), and its folder does not "
             "hold the factor: scale its input before use, or fold the factor in with "
             f"sae.fold_activation_scale({'factor' if ports.same else 'factor, target_factor'}) and save it",
-            stacklevel=4,
         )
     return sae
 

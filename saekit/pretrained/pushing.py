@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from saekit._version import __version__
+from saekit.cautions import warn
 from saekit.errors import ConfigError, PlaceError, StorageError
 from saekit.files.names import SAE_CONFIG, SAE_FILES, SAE_PROBE
 from saekit.files.paths import as_path
@@ -87,7 +88,7 @@ def push(
             if path not in there or do(lambda path=path: _is_ours(api, repo_id, path, info.sha)):  # type: ignore[misc]
                 new[path] = model_card(repo_id, saes, columns).encode()
             else:
-                warnings.warn(f"{path} of {repo_id} was not made by saekit, or is yours by now: it stays", stacklevel=4)
+                warn(f"{path} of {repo_id} was not made by saekit, or is yours by now: it stays")
         operations: list[Any] = [CommitOperationAdd(name, data) for name, data in new.items()]
         operations += [CommitOperationDelete(name) for name in old]
         text = message or f"{len(saes)} SAE{'s' if len(saes) > 1 else ''}, saved by saekit {__version__}"

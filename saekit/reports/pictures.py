@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.errors import SaekitError
 from saekit.files.storage import write_bytes
 from saekit.reasons import error_text
@@ -65,11 +65,10 @@ def pictures_after(folder: Path) -> Pictures:
     except Exception as error:
         drawn = Pictures({}, (), (error_text(error),))
     for problem in drawn.problems:
-        warnings.warn(
+        warn(
             f"a picture of the run was not drawn: {problem}. Nothing else is missing; `saekit show --draw` tries "
             "again, and reports.pictures=false leaves them out",
             RuntimeWarning,
-            stacklevel=2,
         )
     return drawn
 

@@ -13,13 +13,13 @@ import json
 import os
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.errors import PlaceError, SaekitError, StorageError
 from saekit.files.names import SAE_FILES, SAE_WEIGHTS, half_written
 from saekit.files.storage import leads_out, new_folder, nothing, read_json, remove_folder, sha256, write_text
@@ -275,10 +275,9 @@ def newest_checkpoint(
             damaged.append(str(error))
             continue
         for problem in damaged:
-            warnings.warn(
+            warn(
                 f"a newer checkpoint is not used: {problem}. Going on from {path.name} instead",
                 RuntimeWarning,
-                stacklevel=3,
             )
         return checkpoint
     if damaged:

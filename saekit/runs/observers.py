@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.runs.measuring import evaluate
 from saekit.runs.session import Session
 from saekit.runs.trackers import Trackers
@@ -58,7 +58,7 @@ class TrackerObserver:
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
         if trainer.diverged is not None:
             if len(self._trackers) > 1:  # else it is an error, and says so itself
-                warnings.warn(f"{trainer.name} is stopped: {trainer.diverged}", RuntimeWarning, stacklevel=4)
+                warn(f"{trainer.name} is stopped: {trainer.diverged}", RuntimeWarning)
         elif metrics:
             self._trackers[trainer.name].log(metrics, trainer.step)
             self._session.members[trainer.name].note(metrics)

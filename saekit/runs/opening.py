@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from hashlib import blake2b
@@ -15,6 +14,7 @@ import attrs
 from saekit.abilities import HasModel, KeepsRecipe, StatesRows, StatesWidths
 from saekit.backends.base import no_hook
 from saekit.backends.loading import check_nothing_attached
+from saekit.cautions import warn
 from saekit.config import TrainConfig
 from saekit.data.contexts import ContextStream
 from saekit.data.corpus import Corpus
@@ -102,7 +102,7 @@ def build_backend(config: TrainConfig, plugins: PluginManager, model: object | N
 
 def warn_of(text: str) -> None:
     """As a warning of Python's."""
-    warnings.warn(text, RuntimeWarning, stacklevel=3)
+    warn(text, RuntimeWarning)
 
 
 def repeated(tokens: int, wanted: int, *, what: str = "the text has") -> str | None:

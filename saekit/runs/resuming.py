@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.config import TrainConfig
 from saekit.config.converter import ConfigConverter
 from saekit.config.files import load_config, load_configs, plain_config
@@ -119,10 +119,9 @@ class Resumption:
         identity = checkpoint.facts["identity"] if checkpoint is not None else {}
         _refuse_unused(allow, [*changed, *identity, *_recomputed(checkpoint)])
         if checkpoint is None:
-            warnings.warn(
+            warn(
                 f"the run in {folder} was stopped before its first checkpoint; it begins anew",
                 RuntimeWarning,
-                stacklevel=3,
             )
         else:
             _check_left(checkpoint, old, new, folder)
@@ -191,12 +190,11 @@ class Resumption:
         _refuse_unused(self.allow, [*changed, *self.changed, *_recomputed(checkpoint)])
         for package, version in versions().items():
             if saved["versions"].get(package) != version:
-                warnings.warn(
+                warn(
                     f"the checkpoint was written with {package} {saved['versions'].get(package)}, and this is "
                     f"{version}: the numbers may differ in the last digits from those of a run without a break, and "
                     "options that are not stated may have other defaults",
                     RuntimeWarning,
-                    stacklevel=3,
                 )
         column = session.world.column  # of processes that read the text: each of those beside it reads the same
         others = check_takes_over(session.lanes, checkpoint.mesh, column.size)
@@ -241,7 +239,7 @@ class Resumption:
             )
             raise ConfigError([(_ROWS, f"{text}. {way_on}") for text in dict.fromkeys(texts)], "the resumed run")
         for text in dict.fromkeys(texts):
-            warnings.warn(f"{text}. The run goes on with what is computed here", RuntimeWarning, stacklevel=4)
+            warn(f"{text}. The run goes on with what is computed here", RuntimeWarning)
 
     def _training(self, checkpoint: Checkpoint, session: Session, name: str) -> Mapping[str, Any]:
         """The training state of an SAE, whose parts that are always of one shape are so."""

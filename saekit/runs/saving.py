@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import time
-import warnings
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -14,6 +13,7 @@ from typing import TypeVar
 import attrs
 import torch
 
+from saekit.cautions import warn
 from saekit.distributed.agreement import done_by_all, leaving
 from saekit.distributed.group import Group
 from saekit.errors import LostProcessError, StorageError
@@ -208,16 +208,15 @@ class Saving:
 
     def _warn(self, now: _Now) -> None:
         for text in now.warnings:
-            warnings.warn(text, RuntimeWarning, stacklevel=6)
+            warn(text, RuntimeWarning)
 
     def _tell(self, error: BaseException, batches: int, *, finished: bool) -> None:
         kept = next(all_checkpoints(self._folder), None)
-        warnings.warn(
+        warn(
             f"there is no checkpoint after {batches:,} step{'s' * (batches != 1)}: {error}. "
             f"{'The SAEs are saved all the same' if finished else 'Training goes on'}; the last checkpoint is "
             f"{kept or 'still to come'}",
             RuntimeWarning,
-            stacklevel=5,
         )
 
     def _noticed(self, work: Callable[[], _T]) -> _T:
@@ -240,7 +239,7 @@ class Saving:
         try:
             mark_finished(self._folder / "checkpoints" / self._saved.name)
         except StorageError as error:
-            warnings.warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning, stacklevel=4)
+            warn(f"{self._saved} does not say that the run is finished: {error}", RuntimeWarning)
 
     def save(self, enough: float = math.inf) -> Path | None:
         """Write a checkpoint of every SAE that is worth one, remove those that are too old, and return its folder.

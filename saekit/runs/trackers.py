@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 import threading
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from saekit.abilities import Concludes, TakesCheckpoints
+from saekit.cautions import warn
 from saekit.config import TrainConfig
 from saekit.config.files import plain_config
 from saekit.defaults import ALWAYS_TRACKED
@@ -112,7 +112,7 @@ class Trackers:
     def _report(self) -> None:
         for worker in self._workers:
             if (news := worker.news()) is not None:
-                warnings.warn(news, RuntimeWarning, stacklevel=3)
+                warn(news, RuntimeWarning)
 
 
 def settle_all(groups: Collection[Trackers], timeout: float) -> None:
@@ -327,8 +327,7 @@ def _cannot_start(key: str, error: BaseException) -> None:
     if key == ALWAYS_TRACKED:  # without it nothing would be recorded
         kind = StorageError if isinstance(error, OSError) else PluginError
         raise kind(f"the tracker {key} cannot start: {error_text(error)}") from error
-    warnings.warn(
+    warn(
         f"the tracker {key} cannot start and is off: {error_text(error)}; the other trackers have the metrics",
         RuntimeWarning,
-        stacklevel=3,
     )

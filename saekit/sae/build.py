@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import attrs
 import torch
 from torch import Tensor
 
+from saekit.cautions import warn
 from saekit.config import PluginChoice
 from saekit.config.files import plain_config
 from saekit.errors import ConfigError, PluginFailedError, PluginWarning, SaekitError
@@ -64,7 +64,7 @@ def _serving(key: str, plugins: PluginManager) -> Served:
                 found.append(plugins.build(STEP_KERNELS, item.key))
             except (SaekitError, ImportError) as error:
                 text = f"the step kernel {item.key} is left out: {last_line(error)}"
-                warnings.warn(text, PluginWarning, stacklevel=3)
+                warn(text, PluginWarning)
     return Served(found)
 
 

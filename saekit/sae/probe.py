@@ -9,7 +9,6 @@ import json
 import math
 import os
 import random
-import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from saekit._version import __version__
+from saekit.cautions import warn
 from saekit.distributed.share import Share
 from saekit.files.names import SAE_PROBE
 from saekit.precision import current_precision
@@ -123,9 +123,7 @@ def _as_loaded(sae: SAEModule) -> SAEModule:
 
 
 def _warn(why: str) -> None:
-    warnings.warn(
-        f"the SAE is saved without {SAE_PROBE}, so that nobody can verify it: {why}", UserWarning, stacklevel=6
-    )
+    warn(f"the SAE is saved without {SAE_PROBE}, so that nobody can verify it: {why}", UserWarning)
 
 
 @contextmanager

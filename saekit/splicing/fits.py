@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
@@ -13,6 +12,7 @@ import torch
 
 from saekit.abilities import HasModel
 from saekit.backends.base import no_hook
+from saekit.cautions import warn
 from saekit.data.stream import PROBED, probe
 from saekit.errors import ConfigError, ModelError
 from saekit.protocols import ModelBackend
@@ -55,7 +55,7 @@ def check_fits(
     """
     found = fitting_sites(sae, backend, sites)
     for text in doubts_of_fit(sae, backend, sites=found, prepend_bos=prepend_bos, masked=masked):
-        warnings.warn(text, UserWarning, stacklevel=3)
+        warn(text, UserWarning)
     return found
 
 

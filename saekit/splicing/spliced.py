@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
@@ -13,11 +12,12 @@ import attrs
 import torch
 from torch import Tensor
 
-from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks, HasModel
+from saekit.abilities import AttachesHooks, ExposedPoint, ExposesHooks, HasModel, TranslatesHooks
 from saekit.backends.asked import check_asked, checked_tokens
 from saekit.backends.base import no_hook
 from saekit.backends.forward import put
 from saekit.backends.replacing import Replacing, replacement_of, replacements_of
+from saekit.cautions import warn
 from saekit.errors import ModelError
 from saekit.protocols import ModelBackend
 from saekit.reasons import alike
@@ -245,7 +245,7 @@ class Spliced:
             return
         for said in dict.fromkeys(doubt_of_bos(one.sae, begins) for one in self.attachments):
             if said is not None:
-                warnings.warn(said, UserWarning, stacklevel=2)
+                warn(said, UserWarning)
 
     def _at(self, hook: str, activation: Tensor) -> Tensor:
         """What the attachments make of what ``hook`` holds, one after the other."""
@@ -290,12 +290,24 @@ class Spliced:
     def _check_runs(self, name: str) -> None:
         """:class:`ModelError` unless there is an inner point ``name``, which runs."""
         if name not in self._of:
-            raise ModelError(f"no SAE of this splice has the point {name!r}{alike(name, self.names)}")
+            own = self._own(name)
+            hint = alike(name, self.names)
+            if own is not None:
+                hint = f". Did you mean {own!r}? It is what this model calls that place"
+            raise ModelError(f"no SAE of this splice has the point {name!r}{hint}")
         if name not in self.names:
             raise ModelError(
                 f"the point {name!r} does not run, since {self._of[name].name} is there without its error term: "
                 "splice with use_error_term=True"
             )
+
+    def _own(self, name: str) -> str | None:
+        """The inner point that ``name`` means by another library's name of the hook; None: none is known."""
+        hook, inner, point = name.rpartition(_INNER)
+        if not inner or not isinstance(self.backend, TranslatesHooks):
+            return None
+        found = f"{self.backend.hook_like(hook)}{_INNER}{point}"
+        return found if found in self._of else None
 
     def _check_open(self) -> None:
         if not self._is_open:

@@ -78,3 +78,12 @@ def test_odd_tokens_are_refused_there_too(kind: str) -> None:
         with pytest.raises(ModelError, match=r"those of one context are tokens\[None\]"):
             spliced.run(TOKENS[0], want="loss")
         assert spliced.run(TOKENS[0][None], want="loss").loss.shape == (1, 6)
+
+
+def test_a_point_by_another_librarys_name_of_the_hook() -> None:
+    there = place("AutoModelForCausalLM")
+    with saekit.splice(there.target, drawn_sae(there.width), sites="blocks.0.hook_resid_post") as spliced:
+        with pytest.raises(ModelError, match=r"Did you mean 'transformer.h.0.hook_sae_acts_post'\? It is what"):
+            spliced.run(TOKENS, read=["blocks.0.hook_resid_post.hook_sae_acts_post"])
+        with pytest.raises(ModelError, match="no SAE of this splice has the point 'blocks.1.hook_resid"):
+            spliced.hook("blocks.1.hook_resid_post.hook_sae_acts_post", torch.zeros_like)

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.data.cache.table import (
     CHOSEN_FORMAT,
     DOCUMENTS,
@@ -175,12 +175,11 @@ class Manifest:
             raise DataError(f"the activation cache {str(folder)!r} {what}. `saekit cache run.toml` writes one")
         table = read_table(file)
         if SEAL not in table:
-            warnings.warn(
+            warn(
                 f"{file} was written by a saekit that did not seal manifests, so that damage to it is only found where "
                 f"it contradicts the files. `saekit cache verify {folder}` compares all of them; the `saekit cache` "
                 "that wrote it, run again, keeps what is there and seals it",
                 RuntimeWarning,
-                stacklevel=2,
             )
         sites = [SiteRows(**{**entry, "site": Site(**entry["site"])}) for entry in table["sites"]]
         shards = [Shard(**entry) for entry in table["shards"]]

@@ -8,7 +8,6 @@ import math
 import operator
 import os
 import shutil
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.cautions import warn
 from saekit.data.cache.left import LOCK, check_target, remove_left
 from saekit.data.cache.manifest import (
     DOCUMENTS,
@@ -85,10 +85,9 @@ class CacheWriter:
             except (OSError, ImportError) as error:
                 if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise
-                warnings.warn(
+                warn(
                     f"the system of {str(self._folder)!r} has no locks: see to it that nothing else writes there",
                     RuntimeWarning,
-                    stacklevel=2,
                 )
             yield
 

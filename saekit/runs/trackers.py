@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import threading
 import time
@@ -27,6 +28,9 @@ __all__ = ["Trackers", "close_all", "settle_all", "start_trackers"]
 
 WAITING_AT_MOST = 10_000
 """So many records may wait for a tracker; one more, and it is too slow to be of use."""
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_AGAIN = 1.0
+"""Seconds until a disk that was full is tried again, if there is nothing more to be written before."""
 
 
 class Trackers:
@@ -262,12 +266,27 @@ class _Worker:
             try:
                 job.give(self.tracker)
             except BaseException as error:
-                self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {error_text(error)}")
+                if not self._waits_for_room(error, job):
+                    self._fail(f"tracker {self.name} failed at step {job.step} and is off now: {error_text(error)}")
         with self._changed:
             end = self._end  # none yet for one that is off before the run ends
         if end is not None and isinstance(self.tracker, Concludes):
             self._last(functools.partial(self.tracker.conclude, end), "conclude")
         self._last(self.tracker.close, "close")
+
+    def _waits_for_room(self, error: BaseException, job: Record) -> bool:
+        """Have ``job`` come again where ``error`` is that of a full disk, unless all is to end.
+
+        A checkpoint that does not fit fills a disk only until it is given up, and what is not on it has not been taken.
+        """
+        full = isinstance(error, OSError) and error.errno in _FULL
+        with self._changed:
+            if not full or self._closing or self._off:
+                return False
+            self._jobs.appendleft(job)
+            self._now = None
+            self._changed.wait(_AGAIN)
+            return True
 
     def _last(self, call: Callable[[], object], doing: str) -> None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
@@ -23,9 +22,6 @@ from saekit.values import Histogram, Metrics
 _TAKEN = {"wandb", "wandb-run-id.txt"}
 """What else there may be in a run folder."""
 _LONGEST = 200
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_UNWRITTEN = 16 << 20
-"""So many bytes may wait for room on a full disk."""
 _MAY_COME_AGAIN = 20_000  # records of the end of a run that goes on; more are never kept for a tracker
 
 
@@ -48,7 +44,7 @@ class JsonlConfig:
 class JsonlTracker:
     """Every line is written at once, so that a killed run keeps what it logged.
 
-    On a full disk, lines wait for room: a checkpoint that does not fit fills the disk only until it is given up.
+    Of one that does not fit on the disk nothing is left, so that it can come again.
     """
 
     def __init__(self, config: JsonlConfig, run: RunInfo) -> None:
@@ -56,7 +52,6 @@ class JsonlTracker:
         self._resumed_at = run.resumed_at
         before, self._there = (0.0, set[bytes]()) if run.resumed_at is None else _cut_back(self._path, run.resumed_at)
         self._file = self._path.open("ab", buffering=0)
-        self._unwritten = bytearray()
         self._counts_links = bool(os.fstat(self._file.fileno()).st_nlink)  # some file systems do not
         self._start = time.monotonic() - before
 
@@ -71,20 +66,16 @@ class JsonlTracker:
         if self._counts_links and not os.fstat(self._file.fileno()).st_nlink:
             raise OSError(f"{self._path} was removed while the run was writing to it")
         line = {"step": step, "seconds": round(time.monotonic() - self._start, 3), **plain}
-        self._unwritten += json.dumps(line).encode() + b"\n"
+        left, before = memoryview(json.dumps(line).encode() + b"\n"), os.fstat(self._file.fileno()).st_size
         try:
-            self._write()
-        except OSError as error:
-            if error.errno not in _FULL or len(self._unwritten) > _UNWRITTEN:
-                raise
-
-    def _write(self) -> None:
-        while self._unwritten:  # a file takes what there is room for, which may be a part of a line
-            del self._unwritten[: self._file.write(self._unwritten)]
+            while left:  # a file takes what there is room for, which may be a part of a line
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(before)
+            raise
 
     def close(self) -> None:
-        with self._file:
-            self._write()
+        self._file.close()
 
 
 def _plain(value: float | Histogram) -> Any:

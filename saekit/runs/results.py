@@ -41,8 +41,8 @@ class TrainResult:
     def sae(self) -> SAE:
         """The trained SAE, as it was saved: with norms of decoder rows folded in, where they count.
 
-        Where that is another than the one in training, or where processes had parts of it, it is read from the run
-        folder when first asked for.
+        Of a run of several processes it is read from the run folder when first asked for, but for what is saved as it
+        was trained.
         """
         return self._sae if isinstance(self._sae, SAE) else self._sae()
 

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from saekit.distributed.agreement import agreed
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.sae import SAE
@@ -53,11 +55,20 @@ def save_trained(trainer: SAETrainer, path: Path) -> None:
 def sae_of(trainer: SAETrainer, saved: Path, plugins: PluginManager) -> SAE | Callable[[], SAE]:
     """The trained SAE as it is in the folder ``saved``, or what reads it from there.
 
-    It is read where features are split, so that no process has it whole that does not ask for it; and where weights are
-    saved otherwise than they are trained, as with the norms of decoder rows folded in: features are the same, but
-    nobody shall find other directions here than in the folder.
+    It is read where weights are saved otherwise than they are trained, as with the norms of decoder rows folded in:
+    features are the same, but nobody shall find other directions here than in the folder.  That is done at once, as the
+    folder may change; of several processes, and where there is no memory for it, when it is asked for, so that no
+    process has an SAE whole that does not.
     """
-    trained = trainer.sae
-    if trainer.world.features.size > 1 or not trained.saved_as_it_is:
-        return functools.partial(SAE.load, saved.absolute(), device=trainer.device, plugins=plugins)
-    return cast(SAE, trainer.raw_sae())  # architectures derive from it
+    trained, world = trainer.sae, trainer.world
+    read = functools.partial(SAE.load, saved.absolute(), device=trainer.device, plugins=plugins)
+    if world.features.size > 1 or (world.size > 1 and not trained.saved_as_it_is):
+        return read
+    if trained.saved_as_it_is:
+        return cast(SAE, trainer.raw_sae())  # architectures derive from it
+    for parameter in trained.parameters():
+        parameter.grad = None  # in the place of which it comes
+    try:
+        return read()
+    except (MemoryError, torch.OutOfMemoryError):
+        return read

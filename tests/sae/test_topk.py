@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,9 @@ def test_a_result_has_the_weights_that_were_saved(
         name: value.tolist() for name, value in saved.state_dict().items()
     }
     assert result.sae.to_dict() == saved.to_dict()
+    again = run(Path("runs"), sae=sae, training=finetuning)
+    shutil.rmtree(again.folder)
+    assert again.sae.d_sae == 32, "without its folder"
 
 
 def test_the_threshold_of_a_short_run_is_not_near_its_start_at_zero() -> None:

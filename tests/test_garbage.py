@@ -42,7 +42,7 @@ def test_the_last_thread_turns_it_on_again() -> None:
     thread = threading.Thread(target=other)
     with uncollected():
         thread.start()
-        inside.wait(10)
+        assert inside.wait(60)
     assert not gc.isenabled()
     leave.set()
     thread.join()

@@ -1,4 +1,6 @@
 from .around import LoadedModel as LoadedModel
+from .asked import check_asked as check_asked
+from .asked import checked_tokens as checked_tokens
 from .base import Backend as Backend
 from .forward import Hooks as Hooks
 from .forward import next_token_loss as next_token_loss

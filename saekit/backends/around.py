@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
 
 import attrs
 
@@ -16,14 +17,21 @@ from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.protocols import ModelBackend
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 __all__ = ["LoadedModel", "as_backend", "backend_around", "built_backend"]
 
 
 class LoadedModel(ModelBackend, HasModel, HasTokenizer, TranslatesHooks, Protocol):
     """What :func:`saekit.load_model` returns, with what every backend that comes with saekit has beside.
 
-    A plugin's may lack ``model``, ``tokenizer`` or ``hook_like``, for which :mod:`saekit.abilities` has protocols.
+    A plugin's may lack ``model``, ``tokenizer`` or ``hook_like``, for which :mod:`saekit.abilities` has protocols, and
+    ``to_tokens``, which :class:`saekit.backends.Backend` has.
     """
+
+    def to_tokens(self, text: str | Sequence[str], *, prepend_bos: bool = True) -> Tensor:
+        """See :meth:`saekit.backends.Backend.to_tokens`."""
 
 
 def as_backend(model: object, plugins: PluginManager | None = None) -> ModelBackend:

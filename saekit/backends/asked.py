@@ -43,7 +43,7 @@ def checked_tokens(tokens: Any, backend: ModelBackend) -> Tensor:
     if not hasattr(tokens, "contiguous"):
         raise ModelError(
             f"run takes token ids as a tensor [batch, position], found {short(tokens)}; those of a text are "
-            "torch.tensor([model.tokenize(text)])"
+            f"{_of_text(backend)}"
         )
     if tokens.ndim != 2:
         hint = "; those of one context are tokens[None]" if tokens.ndim == 1 else ""
@@ -66,7 +66,7 @@ def odd_tokens(tokens: Tensor, backend: ModelBackend) -> str | None:
     length, most = tokens.shape[1], backend.n_ctx
     if not length:
         return f"there is no token in contexts of the shape {list(tokens.shape)}"
-    if most is not None and length > most:
+    if most is not None and length > most and not getattr(backend, "runs_beyond_n_ctx", False):
         return (
             f"contexts of {length:,} tokens are too long: the model {backend.name!r} takes at most {most:,}; cut them "
             f"([:, :{most}]), or into several"
@@ -79,5 +79,10 @@ def odd_tokens(tokens: Tensor, backend: ModelBackend) -> str | None:
     where = ((tokens < 0) | (tokens >= backend.d_vocab)).nonzero()[0].tolist()
     return (
         f"the token id {int(tokens[tuple(where)])} at {where} is none of the model {backend.name!r}, whose ids are 0 "
-        f"to {backend.d_vocab - 1:,}; its own tokenizer's are model.tokenize(text)"
+        f"to {backend.d_vocab - 1:,}; those of a text are {_of_text(backend)}"
     )
+
+
+def _of_text(backend: ModelBackend) -> str:
+    """What gives the tokens of a text as ``run`` takes them, in code."""
+    return "model.to_tokens(text)" if hasattr(backend, "to_tokens") else "torch.tensor([model.tokenize(text)])"

@@ -59,6 +59,8 @@ class Backend(ABC):
     n_ctx: int | None
     d_vocab: int
     special_tokens: Mapping[str, int | None]
+    runs_beyond_n_ctx: bool = False
+    """Whether the model computes positions, as with rotary embeddings, and so takes longer contexts, too."""
     autocast: bool = False
     """Whether the model's products are made in bfloat16 (``model.autocast``)."""
     why_silent: str = ""

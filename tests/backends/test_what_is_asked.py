@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from support.causal_lms import make_causal_lm
 from support.spliced import KINDS, TOKENS, place
 from torch import Tensor
 
-from saekit.backends import InsideBackend
-from saekit.backends.asked import checked_tokens, odd_tokens
+import saekit
+from saekit.backends import InsideBackend, checked_tokens
+from saekit.backends.asked import odd_tokens
 from saekit.errors import ModelError
 from saekit.testing import FakeBackend
 
@@ -23,10 +25,10 @@ ODD: dict[str, tuple[Any, str]] = {
     "vectors": (torch.zeros(2, 3, 4), r"found a tensor of shape \[2, 3, 4\]$"),
     "floats": (TOKENS.float(), r"whole numbers \(int64\), found float32; if they are ids .* tokens.long\(\)"),
     "a mask": (TOKENS > 3, r"whole numbers \(int64\), found bool$"),
-    "a text": ("import os", r"as a tensor \[batch, position\], found 'import os'"),
+    "a text": ("import os", r"found 'import os'; those of a text are model.to_tokens\(text\)"),
     "no token": (TOKENS[:, :0], r"no token in contexts of the shape \[2, 0\]"),
     "below 0": (TOKENS.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(-1)),
-                r"the token id -1 at \[1, 3\] is none of the model '.*', whose ids are 0 to [\d,]+; its own"),
+                r"the token id -1 at \[1, 3\] is none of .*, whose ids are 0 to [\d,]+; those of a text are model.to_tok"),
     "beyond": (TOKENS.index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(50_000)),
                r"the token id 50000 at \[0, 2\] is none of the model"),
 }  # fmt: skip
@@ -44,6 +46,12 @@ def test_tokens_that_are_none_of_the_model(kind: str, odd: str) -> None:
         value = there.backend.run(TOKENS, read=[entry]).held[entry]
         with pytest.raises(ModelError, match=says):
             there.backend.run_from(tokens, entry, value, want="loss")
+
+
+def test_a_model_that_computes_positions_takes_longer_contexts() -> None:
+    model = saekit.load_model(make_causal_lm("llama"))
+    assert model.n_ctx == 64
+    assert model.run(LONG, want="loss").loss.shape == (1, 64)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "HookedMamba"])

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from saekit.config import ModelConfig
 
 _ELSEWHERE = ("dtype", "torch_dtype", "device_map", "revision", "attn_implementation")
+_ROTARY = ("rope_parameters", "rope_theta", "rope_scaling", "rotary_pct")
+"""Options of models whose positions are computed, and are in no table."""
 
 
 @attrs.frozen(kw_only=True)
@@ -169,7 +171,9 @@ def _outline(config: HuggingFaceOptions, *, model: ModelConfig) -> HuggingFaceBa
 def _around(module: Any, model: ModelConfig, name: str, tokenizer: Any = None) -> HuggingFaceBackend:
     text = module.config.get_text_config()
     known = {"d_vocab": text.vocab_size, "n_ctx": getattr(text, "max_position_embeddings", None)}
-    return HuggingFaceBackend(module, name=name, tokenizer=tokenizer, autocast=model.autocast, **known)
+    backend = HuggingFaceBackend(module, name=name, tokenizer=tokenizer, autocast=model.autocast, **known)
+    backend.runs_beyond_n_ctx = any(getattr(text, option, None) is not None for option in _ROTARY)
+    return backend
 
 
 @hookimpl

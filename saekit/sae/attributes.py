@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -54,10 +55,15 @@ class Named(nn.Module):
         locals().update({name: CalledOtherwise() for name in FACTORIES})
 
         def __getattr__(self, name):
-            """Of parameters, buffers and modules, as torch has it; the error knows names of other libraries."""
+            """Of parameters, buffers and modules, as torch has it; the error knows names of other libraries.
+
+            A property that raises an :class:`AttributeError` leads here, too: it is asked again, for its own words.
+            """
             try:
                 return super().__getattr__(name)
             except AttributeError:
+                if isinstance(found := inspect.getattr_static(type(self), name, None), property):
+                    return found.__get__(self)
                 if name in OF_SAES:
                     raise AttributeError(_called(type(self), name), name=name, obj=self) from None
                 raise

@@ -11,7 +11,7 @@ from saekit.errors import ConfigError
 from saekit.site import Site, Sites
 from saekit.values import Ports, SAEInfo
 
-__all__ = ["NO_PLACE", "Placed", "check_ports"]
+__all__ = ["NO_PLACE", "NoSiteError", "Placed", "check_ports"]
 
 NO_PLACE = "the SAE does not say where in the model it belongs"
 _SCALE = "activation_scale"
@@ -37,6 +37,14 @@ def _listed(sites: Sequence[Site]) -> str:
     return ", ".join(site.name for site in sites)
 
 
+class NoSiteError(ConfigError, AttributeError):
+    """Of an SAE that does not know where it belongs.
+
+    It is an :class:`AttributeError`, too, for whatever asks for each attribute that an object has: ``hasattr``,
+    ``inspect.getmembers``, ``torch.jit.trace``.
+    """
+
+
 class Placed:
     """What :class:`saekit.sae.SAEModule` has of it."""
 
@@ -50,12 +58,12 @@ class Placed:
         ``sae.site = "blocks.8.hook_resid_pre"`` says where it belongs, to whatever takes it and to what :meth:`save`
         writes: a hook's name, a :class:`saekit.Site` for one attention head, or :class:`saekit.Sites` for a crosscoder
         or a transcoder.  Its :attr:`ports` are called by these names then.  :class:`saekit.errors.ConfigError` for
-        sites that are not as many as it has, and where none is known that is asked for (``sae.info.site`` is None
-        then).
+        sites that are not as many as it has, and where none is known that is asked for (it is an
+        :class:`AttributeError` as well; ``sae.info.site`` is None then).
         """
         found = self.info.site
         if found is None:
-            raise ConfigError([("site", f"is missing: {NO_PLACE}; say it: sae.site = HOOK")])
+            raise NoSiteError([("site", f"is missing: {NO_PLACE}; say it: sae.site = HOOK")])
         return found
 
     @site.setter

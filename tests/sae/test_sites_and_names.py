@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,34 @@ def test_a_site_that_is_not_known_is_asked_for() -> None:
     assert sae.sites is None
     with pytest.raises(ConfigError, match="site: is missing: the SAE does not say .* say it: sae.site = HOOK"):
         _ = sae.site
+
+
+@pytest.mark.parametrize("options", [TOPK, CROSSCODER], ids=lambda options: options["name"])
+def test_what_asks_for_every_attribute_passes_over_a_site_that_is_not_known(options: dict[str, Any]) -> None:
+    sae = SAE.from_dict(options)
+    assert not hasattr(sae, "site")
+    assert getattr(sae, "site", None) is None
+    assert {"encode", "info", "sites"} <= {name for name, _ in inspect.getmembers(sae)}
+    with pytest.raises(AttributeError, match="site: is missing: .* say it: sae.site = HOOK"):
+        _ = sae.site
+    x = torch.randn(3, sae.d_in, generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that are compared, and that tracing is old
+        traced = torch.jit.trace(sae, x)
+    assert torch.equal(traced(x), sae(x))
+
+
+class WithAProperty(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    @property
+    def mine(self) -> Any:
+        return self.not_there
+
+
+def test_a_property_says_itself_what_is_missing() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = WithAProperty(made.config, ports=made.ports, activation=made.activation)
+    with pytest.raises(AttributeError, match="'WithAProperty' object has no attribute 'not_there'"):
+        _ = sae.mine
 
 
 # ---- settings without effect

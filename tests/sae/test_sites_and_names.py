@@ -181,6 +181,39 @@ def test_an_architecture_may_have_an_attribute_of_its_options_name() -> None:
     assert WithAnOption(made.config, ports=made.ports, activation=made.activation).k == 4
 
 
+def of_the_same_plugin(sae: Any) -> None:
+    sae.sitess = ["here"]
+
+
+class SettingLater(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    def training_step(self, x: Any, step: Any) -> Any:
+        self.k = self.config.k
+        made = super().training_step(x, step)
+        self.hook_name = "mine"
+        for name in ("use_error_terms",):
+            (lambda: setattr(self, name, True))()
+        return made
+
+    def losses(self, x: Any, step: Any) -> Any:
+        of_the_same_plugin(self)
+        return super().losses(x, step)
+
+
+def test_an_architecture_sets_what_it_likes_in_its_methods() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = SettingLater(made.config, ports=made.ports, activation=made.activation)
+    sae.info, sae.kernels = made.info, "reference"
+    with pytest.raises(AttributeError, match="to set 'k' of SettingLater would do nothing"):
+        sae.k = 3
+    with pytest.raises(AttributeError, match="to set 'sitess' of SettingLater would do nothing: did you mean 'sites'"):
+        of_the_same_plugin(sae)
+    step = saekit.StepInput(step=3, generator=torch.Generator(), dead=None)
+    sae.training_step(torch.randn(4, 8, generator=torch.Generator().manual_seed(3)), step)
+    assert (sae.k, sae.sitess, sae.hook_name, sae.use_error_terms) == (4, ["here"], "mine", True)
+    sae.k = 5
+    assert sae.k == 5, "it is there now"
+
+
 # ---- names of other libraries
 
 

@@ -113,15 +113,15 @@ class Named(nn.Module):
             )
 
     def __dir__(self) -> list[str]:
-        """What people use: torch's own names, the parameters and hook points, and what an architecture adds."""
-        kinds = type(self).__mro__
-        ours = next(kind for kind in kinds if kind.__module__.startswith("saekit."))
-        theirs = kinds[: kinds.index(ours)]
-        own = {name for kind in theirs for name, one in vars(kind).items() if getattr(one, "__doc__", None)} - {
-            *dir(ours)
-        }
+        """What people use: torch's own names, the parameters and hook points, what architectures add and users set."""
+        torch_has = nn.Module.__mro__
+        ours, theirs = set[str](), {*vars(self)}
+        for kind in type(self).__mro__:
+            if kind not in torch_has:
+                (ours if kind.__module__.startswith("saekit.") else theirs).update(vars(kind))
         inner = {name for kind in _OF_TORCH for name in self.__dict__[kind]}
-        return sorted({*FOR_USERS, *inner, *dir(nn.Module), *(name for name in own if not name.startswith("_"))})
+        shown = {name for name in theirs - ours if not name.startswith("_")}
+        return sorted({*FOR_USERS, *inner, *dir(nn.Module), *shown})
 
 
 _OF_TORCH = ("_parameters", "_buffers", "_modules")

@@ -259,6 +259,28 @@ def test_completion_shows_what_people_use() -> None:
     assert "decoder_norms_by_site" in dir(SAE.from_dict(CROSSCODER)), "what an architecture adds"
 
 
+class Undocumented(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    factor = 3
+
+    def __init__(self, config: Any, **how: Any) -> None:
+        super().__init__(config, **how)
+        self.seen, self._hidden = 0, 1
+
+    def largest(self, x: Any) -> Any:
+        return self.encode(x).amax(-1)
+
+
+def test_completion_shows_what_others_add() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = Undocumented(made.config, ports=made.ports, activation=made.activation)
+    sae.label = "mine"
+    assert {"factor", "seen", "largest", "label", "encode"} <= {*dir(sae)}
+    assert "_hidden" not in dir(sae)
+    assert not {"spreads_over", "served_by", "table", "memory"} & {*dir(sae)}
+    matryoshka = SAE.from_dict({"name": "matryoshka", "d_in": 8, "d_sae": 16, "k": 4, "widths": [0.5]})
+    assert {"ends", "factors"} <= {*dir(matryoshka)}
+
+
 def test_its_documentation_says_what_to_do_with_it() -> None:
     assert SAE.__doc__ is not None
     for name in ("from_pretrained", "encode", "[..., d_in]", "saekit.splice", "saekit.top_texts", "save"):

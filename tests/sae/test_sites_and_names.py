@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from support.stores import HOOK
@@ -89,6 +90,42 @@ def test_a_site_of_a_file_of_another_library_takes_the_place_of_its_own(tmp_path
     sae.site = "blocks.7.hook_resid_pre"
     again = SAE.load(sae.save(tmp_path / "sae"))
     assert again.site == site("blocks.7.hook_resid_pre") != before
+
+
+EIGHTH = "blocks.8.hook_resid_pre"
+FED = {"model_name": "gpt2", "context_size": 128}
+PLACES: dict[str, Any] = {
+    "hook_name": EIGHTH, "hook_head_index": None, "hook_layer": 8, "neuronpedia_id": "gpt2-small/8-res-jb",
+    "hf_hook_name": "layers.8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "place", "kept"),
+    [
+        (EIGHTH, EIGHTH, PLACES),
+        (EIGHTH, "blocks.7.hook_resid_pre", {"hook_head_index": None}),
+        (EIGHTH, site(EIGHTH, 3), {"hook_name": EIGHTH}),
+        (EIGHTH, None, {}),
+        (None, EIGHTH, PLACES),
+        (None, "blocks.8.hook_mlp_out", {"hook_head_index": None}),
+        (None, None, PLACES),
+    ],
+)
+def test_a_site_leaves_nothing_in_metadata_that_says_another(before: Any, place: Any, kept: dict[str, Any]) -> None:
+    sae = SAE.from_dict(TOPK, site=before)
+    sae.info = attrs.evolve(sae.info, metadata=FED | PLACES)
+    sae.site = place
+    assert sae.info.metadata == FED | kept
+
+
+@pytest.mark.parametrize(("name", "value"), [("neuronpedia_id", "gpt2-small/8-res-jb"), ("hook_layer", 8)])
+def test_another_layer_in_metadata_goes_where_no_site_was_known(name: str, value: object) -> None:
+    for place, kept in ((EIGHTH, {name: value}), ("hook_embed", {name: value}), ("blocks.18.hook_resid_pre", {})):
+        sae = SAE.from_dict(TOPK)
+        sae.info = attrs.evolve(sae.info, metadata=FED | {name: value})
+        sae.site = place
+        assert sae.info.metadata == FED | kept
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,13 @@ class FeatureStore(StoreFiles):
     @overload
     def __getitem__(self, which: int) -> Feature: ...
 
+    def __getitem__(self, which: int | str) -> Feature | SAEFeatures:
+        if not isinstance(which, str):
+            return self.feature(which)
+        if which not in self.saes:
+            raise ConfigError([("sae", f"must be one of the store's, {', '.join(self.saes)}; found {which!r}")])
+        return self.saes[which]
+
     def __contains__(self, which: object) -> bool:
         """Whether there is an SAE of this name, a feature of this number, or this feature.
 
@@ -93,13 +100,6 @@ class FeatureStore(StoreFiles):
 
     __reversed__: ClassVar[None] = None
     """By numbers from the length down it would be, and a feature's number is no place."""
-
-    def __getitem__(self, which: int | str) -> Feature | SAEFeatures:
-        if not isinstance(which, str):
-            return self.feature(which)
-        if which not in self.saes:
-            raise ConfigError([("sae", f"must be one of the store's, {', '.join(self.saes)}; found {which!r}")])
-        return self.saes[which]
 
     def __repr__(self) -> str:
         number, tokens = len(self), self.n_contexts * self.context_size

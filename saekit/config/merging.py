@@ -89,8 +89,14 @@ class Place:
 NOWHERE = Place(None)
 
 
-def set_option(table: dict[str, Any], path: str, value: Any, place: Place = NOWHERE) -> None:
-    """Set the option at a dotted ``path`` of ``table``, in place.  A table for a section leaves the rest of it."""
+def set_option(
+    table: dict[str, Any], path: str, value: Any, place: Place = NOWHERE, *, makes_room: bool = True
+) -> None:
+    """Set the option at a dotted ``path`` of ``table``, in place.  A table for a section leaves the rest of it.
+
+    With ``makes_room``, defaults that the value makes senseless go (:meth:`Place.make_room`): for a ``table`` that may
+    be a whole configuration, in which nobody chose most options.
+    """
     *keys, last = path.split(".")
     for key in keys:
         inner, there = table.get(key, {}), place.at(key, table)
@@ -100,7 +106,8 @@ def set_option(table: dict[str, Any], path: str, value: Any, place: Place = NOWH
             raise ConfigError([(path, f"{key} is {inner!r}, which has no options to set")])
         table[key] = inner
         table, place = inner, there
-    place.make_room(table, last, value)
+    if makes_room:
+        place.make_room(table, last, value)
     table[last] = merged(table.get(last), value, place.at(last, table))
 
 
@@ -117,9 +124,10 @@ def undotted(table: Any, place: Place = NOWHERE) -> Any:
     assert place.plugins is not None
     result: dict[str, Any] = tables({key: one for key, one in table.items() if key not in dotted}, place.plugins)
     for path, value in in_order(dotted.items()):
-        if _has(result, path):
+        if _has(result, path, place):
             raise ConfigError([(path, "is given twice, by its dotted name and in its section; leave out one of them")])
-        set_option(result, path, tables(value, place.plugins), place)
+        # What lies beside it was written by the same hand: it was chosen, also where it equals some default.
+        set_option(result, path, tables(value, place.plugins), place, makes_room=False)
     return result
 
 
@@ -127,11 +135,13 @@ def _is_dotted(key: str) -> bool:
     return 0 < key.count(".") < MOST_KEYS and all(key.split("."))
 
 
-def _has(table: Any, path: str) -> bool:
+def _has(table: Any, path: str, place: Place) -> bool:
     for key in path.split("."):
+        if isinstance(table, str) and place.chooses:  # a plugin, of which only the name is given
+            table = {"name": table}
         if not isinstance(table, Mapping) or key not in table:
             return False
-        table = table[key]
+        table, place = table[key], place.at(key, table)
     return True
 
 

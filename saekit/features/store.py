@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, ClassVar, Self, TypeGuard, overload
 
 import attrs
 import numpy as np
@@ -28,8 +28,9 @@ class FeatureStore(StoreFiles):
     """What features of one or several SAEs of a model do on the same contexts; :func:`saekit.collect_features` makes
     it.
 
-    ``store[3]`` is a feature of its only SAE, ``store["NAME"]`` an SAE of several; it yields the features of all, and
-    their number is its length.
+    ``store["NAME"]`` is an SAE of several, ``store[3]`` the feature of its only SAE with the number 3, which is no
+    place in a row: a store may have few of an SAE's features.  It yields the features of all, and their number is its
+    length; to choose any of them, take ``list(store)``.  ``in`` asks for a name, a feature's number, or a feature.
     """
 
     @classmethod
@@ -88,6 +89,18 @@ class FeatureStore(StoreFiles):
             raise ConfigError([("sae", f"must be one of the store's, {', '.join(self.saes)}; found {which!r}")])
         return self.saes[which]
 
+    def __contains__(self, which: object) -> bool:
+        """Whether there is an SAE of this name, a feature of this number, or this feature.
+
+        :class:`ConfigError` for a number where there are several SAEs, as for ``store[3]``.
+        """
+        if isinstance(which, str):
+            return which in self.saes
+        return any(which in one for one in self.saes.values()) if isinstance(which, Feature) else which in self.sae
+
+    __reversed__: ClassVar[None] = None
+    """By numbers from the length down it would be, and a feature's number is no place."""
+
     def __repr__(self) -> str:
         number, tokens = len(self), self.n_contexts * self.context_size
         saes = f"{len(self.saes)} SAE{'s' if len(self.saes) > 1 else ''}"
@@ -96,8 +109,11 @@ class FeatureStore(StoreFiles):
 
 @attrs.frozen(eq=False, slots=False, repr=False)
 class SAEFeatures(SAETables):
-    """What a store has of one SAE.  It has a length, the features' number, and yields them one by one;
-    ``[3]`` is that of this number."""
+    """What a store has of one SAE.  It has a length, the features' number, and yields them one by one.
+
+    ``[3]`` is the feature with the number 3 in the SAE, and no place in a row: a store may have few of its features.
+    ``in`` asks for a number, or a feature.
+    """
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -107,6 +123,14 @@ class SAEFeatures(SAETables):
 
     def __getitem__(self, index: int) -> Feature:
         return self.feature(index)
+
+    def __contains__(self, which: object) -> bool:
+        """Whether there is a feature of this number, or this feature."""
+        if isinstance(which, Feature):
+            return which.sae is self
+        return _is_whole(which) and 0 <= which < self.about.d_sae and self._row_of(int(which)) is not None
+
+    __reversed__: ClassVar[None] = None
 
     def __iter__(self) -> Iterator[Feature]:
         return (Feature(self, int(index), row) for row, index in enumerate(self.indices))
@@ -123,14 +147,20 @@ class SAEFeatures(SAETables):
 
         ``option`` is what the error calls that in which the number was given.
         """
-        whole = isinstance(index, (int, np.integer)) and not isinstance(index, bool)
-        if not whole or not 0 <= index < self.about.d_sae:
+        if not _is_whole(index) or not 0 <= index < self.about.d_sae:
             last = self.about.d_sae - 1
             raise ConfigError([(option, f"must be 0 to {last:,} for {self.name}, found {short(index)}")])
-        row = int(np.searchsorted(self.indices, index))
-        if row < len(self) and self.indices[row] == index:
+        if (row := self._row_of(int(index))) is not None:
             return Feature(self, int(index), row)
         raise ConfigError(
             [(option, f"{index} of {self.name} is not in the store, which has {len(self):,} of its "
               f"{self.about.d_sae:,}; collect it, too")]
         )  # fmt: skip
+
+    def _row_of(self, index: int) -> int | None:
+        row = int(np.searchsorted(self.indices, index))
+        return row if row < len(self) and self.indices[row] == index else None
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -5,8 +5,9 @@ The module itself, :class:`saekit.sae.SAEModule`, knows no loaders: this class i
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -67,7 +68,8 @@ class SAE(SAEModule):
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """As always, but for what somebody gives who means :meth:`from_dict` or :meth:`load`."""
         given = args[0] if args else None
-        if isinstance(given, Mapping | str | os.PathLike) or (cls is SAE and kwargs and "ports" not in kwargs):
+        told = isinstance(given, Mapping | str | os.PathLike) and not _takes(cls, args, kwargs)
+        if told or (cls is SAE and kwargs and "ports" not in kwargs):
             raise ConfigError(
                 f"{cls.__name__}(...) is how saekit builds an architecture. Of options, "
                 "saekit.SAE.from_dict({'name': 'topk', 'd_in': 768, 'd_sae': 6144, 'k': 32}) makes an SAE, and "
@@ -285,6 +287,17 @@ def _local(path: str | Path, verify: bool, **how: Any) -> SAEModule:
     own = place / "sae"
     sae.read_from = (own if not (place / SAE_CONFIG).exists() and (own / SAE_CONFIG).is_file() else place).absolute()
     return sae
+
+
+def _takes(cls: type[SAE], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether it has an ``__init__`` of its own that takes these: a name as the first, say."""
+    if cls.__init__ is SAE.__init__:
+        return False
+    try:
+        inspect.signature(cls.__init__).bind(None, *args, **kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def _as(cls: type[_S], sae: SAEModule) -> _S:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+import sys
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -43,6 +46,19 @@ def _called(kind: type, name: str) -> str:
     return f"{kind.__name__} has no {name!r}, as other libraries have it: here it is {OF_SAES[name]}"
 
 
+def _in_method_of(kind: type) -> bool:
+    """Whether what sets an attribute is a method of this class, or a function in one, or was called by these."""
+    theirs = [(one.__module__, f"{one.__qualname__}.") for one in kind.__mro__ if one not in nn.Module.__mro__]
+    # Names alone: to look at the local variables of a frame would keep them, and large tensors may be among them.
+    frame: FrameType | None = sys._getframe(3)
+    while frame is not None:
+        module, name = frame.f_globals.get("__name__"), frame.f_code.co_qualname
+        if any(module == where and name.startswith(prefix) for where, prefix in theirs):
+            return True
+        frame = frame.f_back
+    return False
+
+
 class Named(nn.Module):
     """What :class:`saekit.sae.SAEModule` has of it."""
 
@@ -54,10 +70,15 @@ class Named(nn.Module):
         locals().update({name: CalledOtherwise() for name in FACTORIES})
 
         def __getattr__(self, name):
-            """Of parameters, buffers and modules, as torch has it; the error knows names of other libraries."""
+            """Of parameters, buffers and modules, as torch has it; the error knows names of other libraries.
+
+            A property that raises an :class:`AttributeError` leads here, too: it is asked again, for its own words.
+            """
             try:
                 return super().__getattr__(name)
             except AttributeError:
+                if isinstance(found := inspect.getattr_static(type(self), name, None), property):
+                    return found.__get__(self)
                 if name in OF_SAES:
                     raise AttributeError(_called(type(self), name), name=name, obj=self) from None
                 raise
@@ -70,7 +91,8 @@ class Named(nn.Module):
     def _check_setting(self, name: str) -> None:
         """:class:`AttributeError` for a new attribute that looks like a setting and would have no effect.
 
-        Architectures may have attributes of any name: they are set before it is known what the SAE is.
+        The code of architectures may set attributes of any name: whatever does so before it is known what the SAE is,
+        the methods of the SAE, and all that they call.
         """
         info = vars(self).get("info")
         if not getattr(info, "architecture", "") or any(name in self.__dict__[kind] for kind in _OF_TORCH):
@@ -85,18 +107,21 @@ class Named(nn.Module):
             why = f"did you mean {close[0]!r}?"
         else:
             return
-        raise AttributeError(f"to set {name!r} of {type(self).__name__} would do nothing: {why}", name=name, obj=self)
+        if not _in_method_of(type(self)):
+            raise AttributeError(
+                f"to set {name!r} of {type(self).__name__} would do nothing: {why}", name=name, obj=self
+            )
 
     def __dir__(self) -> list[str]:
-        """What people use: torch's own names, the parameters and hook points, and what an architecture adds."""
-        kinds = type(self).__mro__
-        ours = next(kind for kind in kinds if kind.__module__.startswith("saekit."))
-        theirs = kinds[: kinds.index(ours)]
-        own = {name for kind in theirs for name, one in vars(kind).items() if getattr(one, "__doc__", None)} - {
-            *dir(ours)
-        }
+        """What people use: torch's own names, the parameters and hook points, what architectures add and users set."""
+        torch_has = nn.Module.__mro__
+        ours, theirs = set[str](), {*vars(self)}
+        for kind in type(self).__mro__:
+            if kind not in torch_has:
+                (ours if kind.__module__.startswith("saekit.") else theirs).update(vars(kind))
         inner = {name for kind in _OF_TORCH for name in self.__dict__[kind]}
-        return sorted({*FOR_USERS, *inner, *dir(nn.Module), *(name for name in own if not name.startswith("_"))})
+        shown = {name for name in theirs - ours if not name.startswith("_")}
+        return sorted({*FOR_USERS, *inner, *dir(nn.Module), *shown})
 
 
 _OF_TORCH = ("_parameters", "_buffers", "_modules")

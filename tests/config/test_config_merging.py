@@ -143,6 +143,34 @@ def test_dicts_take_dotted_keys_as_overrides_do() -> None:
     assert dotted["training"] == {"seed": 3}, "is not changed in its place"
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_dotted_name_leaves_what_is_in_its_section(order: int) -> None:
+    """It was chosen, also where the default plugin has it so by default, and the one that is named has not."""
+    changed = {"normalize_sae_decoder": True, "decoder_heuristic_init": False, "d_sae": 64}
+    table = dict([("sae", changed), ("sae.name", "topk")][::order])
+    assert load_config(table) == load_config({"sae": {"name": "topk", **changed}})
+    assert load_config(table, ["sae.k=9"]).sae == TopKConfig(k=9, **changed)  # type: ignore[arg-type]
+    assert saekit.grid(table, {"sae.k": [9]})[0].sae == TopKConfig(k=9, **changed)  # type: ignore[arg-type]
+    given = {"decoder_heuristic_init": True, "dtype": "float32"}
+    table = dict([("sae", {"name": "topk", "expansion_factor": 8}), ("sae.d_sae", 64)][::order])
+    with pytest.raises(ConfigError, match="expansion_factor") as nested:
+        load_config({"sae": {"name": "topk", "expansion_factor": 8, "d_sae": 64}})
+    with pytest.raises(ConfigError) as dotted:
+        load_config(table)
+    assert dotted.value.problems == nested.value.problems
+    assert load_config({"sae": given, "sae.name": "topk"}) == load_config({"sae": {"name": "topk", **given}})
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("sae", ["standard", {"name": "standard"}, TopKConfig()], ids=repr)
+def test_a_plugin_that_is_named_twice(sae: object, order: int) -> None:
+    told = "sae.name: is given twice, by its dotted name and in its section; leave out one of them"
+    with pytest.raises(ConfigError, match=told):
+        load_config(dict([("sae", sae), ("sae.name", "topk")][::order]))
+    with pytest.raises(ConfigError, match=told.replace("sae.", "model.backend.")):
+        load_config(dict([("model.backend", "none"), ("model.backend.name", "bridge")][::order]))
+
+
 @pytest.mark.parametrize(
     ("table", "path", "told"),
     [

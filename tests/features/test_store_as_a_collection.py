@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.stores import LastKnown, small_sae, small_store
 
@@ -37,6 +39,27 @@ def test_it_has_a_length_features_and_saes(store: saekit.FeatureStore) -> None:
         store["c"]
     with pytest.raises(ConfigError, match="must be 0 to 23 for b, found 24"):
         store["b"][24]
+    assert "b" in store
+    assert "c" not in store
+    assert [one in store["b"] for one in (3, np.int64(23), 24, -1, 2**70, True, "b", 3.0, None)] == [True] * 2 + [
+        False
+    ] * 7
+    assert store["b"][3] in store
+    assert (store["b"][3] in store["b"], store["b"][3] in store["a"]) == (True, False)
+    with pytest.raises(ConfigError, match="the store has several SAEs, a, b: choose one"):
+        assert 3 in store
+    for one in (store, store["b"]):
+        with pytest.raises(TypeError, match="is not reversible"):
+            reversed(one)  # type: ignore[call-overload]
+
+
+def test_numbers_of_features_are_no_places(sae: Any, tmp_path: Path) -> None:
+    store = small_store(tmp_path / "of few", {"a": sae}, features=[3, 7])
+    assert [one.index for one in store] == [3, 7]
+    assert [n for n in range(24) if n in store] == [3, 7]
+    assert store[7].index == 7
+    with pytest.raises(ConfigError, match="0 of a is not in the store, which has 2 of its 24"):
+        store[0]
 
 
 def test_fewer_partners_than_asked_for_are_told(store: saekit.FeatureStore) -> None:

@@ -215,3 +215,18 @@ def test_an_sae_of_a_table_or_a_path_is_made_or_loaded_by_another_name() -> None
             make()
     with pytest.raises(TypeError, match="missing"):
         saekit.SAE()
+
+
+class Named(type(saekit.SAE.from_dict({"name": "topk", "d_in": 8, "d_sae": 16, "k": 4}))):  # type: ignore[misc]
+    def __init__(self, label: str, config: Any, **how: Any) -> None:
+        super().__init__(config, **how)
+        self.label = label
+
+
+def test_a_class_with_an_init_of_its_own_is_given_what_it_takes() -> None:
+    made = saekit.SAE.from_dict({"name": "topk", "d_in": 8, "d_sae": 16, "k": 4})
+    sae = Named("mine", made.config, ports=made.ports, activation=made.activation)
+    assert (sae.label, sae.d_sae) == ("mine", 16)
+    for kind in (Named, type(made)):
+        with pytest.raises(ConfigError, match=rf"^{kind.__name__}\(\.\.\.\) is how saekit builds an architecture"):
+            kind({"k": 4})

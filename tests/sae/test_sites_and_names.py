@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from support.stores import HOOK
@@ -89,6 +92,42 @@ def test_a_site_of_a_file_of_another_library_takes_the_place_of_its_own(tmp_path
     assert again.site == site("blocks.7.hook_resid_pre") != before
 
 
+EIGHTH = "blocks.8.hook_resid_pre"
+FED = {"model_name": "gpt2", "context_size": 128}
+PLACES: dict[str, Any] = {
+    "hook_name": EIGHTH, "hook_head_index": None, "hook_layer": 8, "neuronpedia_id": "gpt2-small/8-res-jb",
+    "hf_hook_name": "layers.8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("before", "place", "kept"),
+    [
+        (EIGHTH, EIGHTH, PLACES),
+        (EIGHTH, "blocks.7.hook_resid_pre", {"hook_head_index": None}),
+        (EIGHTH, site(EIGHTH, 3), {"hook_name": EIGHTH}),
+        (EIGHTH, None, {}),
+        (None, EIGHTH, PLACES),
+        (None, "blocks.8.hook_mlp_out", {"hook_head_index": None}),
+        (None, None, PLACES),
+    ],
+)
+def test_a_site_leaves_nothing_in_metadata_that_says_another(before: Any, place: Any, kept: dict[str, Any]) -> None:
+    sae = SAE.from_dict(TOPK, site=before)
+    sae.info = attrs.evolve(sae.info, metadata=FED | PLACES)
+    sae.site = place
+    assert sae.info.metadata == FED | kept
+
+
+@pytest.mark.parametrize(("name", "value"), [("neuronpedia_id", "gpt2-small/8-res-jb"), ("hook_layer", 8)])
+def test_another_layer_in_metadata_goes_where_no_site_was_known(name: str, value: object) -> None:
+    for place, kept in ((EIGHTH, {name: value}), ("hook_embed", {name: value}), ("blocks.18.hook_resid_pre", {})):
+        sae = SAE.from_dict(TOPK)
+        sae.info = attrs.evolve(sae.info, metadata=FED | {name: value})
+        sae.site = place
+        assert sae.info.metadata == FED | kept
+
+
 @pytest.mark.parametrize(
     ("place", "message"),
     [
@@ -111,6 +150,34 @@ def test_a_site_that_is_not_known_is_asked_for() -> None:
     assert sae.sites is None
     with pytest.raises(ConfigError, match="site: is missing: the SAE does not say .* say it: sae.site = HOOK"):
         _ = sae.site
+
+
+@pytest.mark.parametrize("options", [TOPK, CROSSCODER], ids=lambda options: options["name"])
+def test_what_asks_for_every_attribute_passes_over_a_site_that_is_not_known(options: dict[str, Any]) -> None:
+    sae = SAE.from_dict(options)
+    assert not hasattr(sae, "site")
+    assert getattr(sae, "site", None) is None
+    assert {"encode", "info", "sites"} <= {name for name, _ in inspect.getmembers(sae)}
+    with pytest.raises(AttributeError, match="site: is missing: .* say it: sae.site = HOOK"):
+        _ = sae.site
+    x = torch.randn(3, sae.d_in, generator=torch.Generator().manual_seed(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes that are compared, and that tracing is old
+        traced = torch.jit.trace(sae, x)
+    assert torch.equal(traced(x), sae(x))
+
+
+class WithAProperty(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    @property
+    def mine(self) -> Any:
+        return self.not_there
+
+
+def test_a_property_says_itself_what_is_missing() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = WithAProperty(made.config, ports=made.ports, activation=made.activation)
+    with pytest.raises(AttributeError, match="'WithAProperty' object has no attribute 'not_there'"):
+        _ = sae.mine
 
 
 # ---- settings without effect
@@ -149,6 +216,39 @@ class WithAnOption(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
 def test_an_architecture_may_have_an_attribute_of_its_options_name() -> None:
     made = SAE.from_dict(TOPK)
     assert WithAnOption(made.config, ports=made.ports, activation=made.activation).k == 4
+
+
+def of_the_same_plugin(sae: Any) -> None:
+    sae.sitess = ["here"]
+
+
+class SettingLater(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    def training_step(self, x: Any, step: Any) -> Any:
+        self.k = self.config.k
+        made = super().training_step(x, step)
+        self.hook_name = "mine"
+        for name in ("use_error_terms",):
+            (lambda: setattr(self, name, True))()
+        return made
+
+    def losses(self, x: Any, step: Any) -> Any:
+        of_the_same_plugin(self)
+        return super().losses(x, step)
+
+
+def test_an_architecture_sets_what_it_likes_in_its_methods() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = SettingLater(made.config, ports=made.ports, activation=made.activation)
+    sae.info, sae.kernels = made.info, "reference"
+    with pytest.raises(AttributeError, match="to set 'k' of SettingLater would do nothing"):
+        sae.k = 3
+    with pytest.raises(AttributeError, match="to set 'sitess' of SettingLater would do nothing: did you mean 'sites'"):
+        of_the_same_plugin(sae)
+    step = saekit.StepInput(step=3, generator=torch.Generator(), dead=None)
+    sae.training_step(torch.randn(4, 8, generator=torch.Generator().manual_seed(3)), step)
+    assert (sae.k, sae.sitess, sae.hook_name, sae.use_error_terms) == (4, ["here"], "mine", True)
+    sae.k = 5
+    assert sae.k == 5, "it is there now"
 
 
 # ---- names of other libraries
@@ -194,6 +294,28 @@ def test_completion_shows_what_people_use() -> None:
     assert {"encode", "decode", "site", "save", "W_dec", "hook_sae_acts_post", "to", "state_dict"} <= shown
     assert not {"spreads_over", "served_by", "undone_share", "why_not_split", "load_from_disk"} & shown
     assert "decoder_norms_by_site" in dir(SAE.from_dict(CROSSCODER)), "what an architecture adds"
+
+
+class Undocumented(type(SAE.from_dict(TOPK))):  # type: ignore[misc]
+    factor = 3
+
+    def __init__(self, config: Any, **how: Any) -> None:
+        super().__init__(config, **how)
+        self.seen, self._hidden = 0, 1
+
+    def largest(self, x: Any) -> Any:
+        return self.encode(x).amax(-1)
+
+
+def test_completion_shows_what_others_add() -> None:
+    made = SAE.from_dict(TOPK)
+    sae = Undocumented(made.config, ports=made.ports, activation=made.activation)
+    sae.label = "mine"
+    assert {"factor", "seen", "largest", "label", "encode"} <= {*dir(sae)}
+    assert "_hidden" not in dir(sae)
+    assert not {"spreads_over", "served_by", "table", "memory"} & {*dir(sae)}
+    matryoshka = SAE.from_dict({"name": "matryoshka", "d_in": 8, "d_sae": 16, "k": 4, "widths": [0.5]})
+    assert {"ends", "factors"} <= {*dir(matryoshka)}
 
 
 def test_its_documentation_says_what_to_do_with_it() -> None:

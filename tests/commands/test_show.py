@@ -198,7 +198,8 @@ def test_a_saved_sae(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", sorted({*FORMS} - {*GIVEN}))
 def test_an_sae_of_another_library(tmp_path: Path, name: str) -> None:
     """Whatever ``SAE.load`` loads."""
-    folder = good(FORMS[name], tmp_path / ("transcoders" if name == "gemma_2_transcoder" else "gemma-scope-2b"))
+    kind = "transcoders" if name == "gemma_2_transcoder" else "res"
+    folder = good(FORMS[name], tmp_path / f"gemma-scope-2b-pt-{kind}")
     sae = saekit.SAE.load(folder)
     text = shown(folder)
     lines = [line.split() for line in text.splitlines()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -136,8 +137,19 @@ def test_gemma_3_without_its_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "hook"), [("attn_out_all", "attn.hook_z"), ("mlp_out", "hook_mlp_out")])
 def test_gemma_3_at_other_hooks(tmp_path: Path, kind: str, hook: str) -> None:
-    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, tmp_path / kind / "layer_3_width_16k_l0_big_seed_1")
-    assert SAE.load(tmp_path).info.site == Site(hook_name=f"blocks.3.{hook}")
+    place = tmp_path / "transcoder/layer_5" / kind / "layer_3_width_16k_l0_big_seed_1"
+    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, place)
+    assert SAE.load(tmp_path).info.site == Site(hook_name="blocks.9.hook_resid_post"), "its config.json goes before"
+    (place / "config.json").unlink()
+    assert SAE.load(tmp_path).info.site == Site(hook_name=f"blocks.3.{hook}"), "the nearest folders"
+    write_transcoder_config(place, 4)
+    assert SAE.load(tmp_path).info.sites.name == "blocks.4.hook_mlp_in-to-blocks.4.hook_mlp_out"
+
+
+def write_transcoder_config(place: Path, layer: int) -> None:
+    """Have the ``config.json`` in ``place`` be that of a transcoder."""
+    read = f"model.layers.{layer}.pre_feedforward_layernorm.output"
+    (place / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": read}))
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -145,6 +157,7 @@ def test_gemma_3_transcoders_with_and_without_a_skip(tmp_path: Path, affine: boo
     place = tmp_path / f"transcoder_all/layer_2_width_16k_l0_small{'_affine' * affine}"
     shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, place)
     skip = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    write_transcoder_config(place, 2)
     edit_json(place / "config.json", lambda table: table.update(affine_connection=affine))
     if affine:
         with pytest.raises(SAEFormatError, match="lacks affine_skip_connection, which the config.json beside it says"):

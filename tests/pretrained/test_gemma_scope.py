@@ -115,8 +115,11 @@ def test_gemma_3_without_its_path(tmp_path: Path) -> None:
         edit_json(folder / "config.json", lambda table, hooks=hooks: table.update({"hf_hook_point_in": "x"} | hooks))
         assert SAE.load(folder).info.sites.name == "blocks.9.hook_mlp_in-to-blocks.9.hook_mlp_out"
     (folder / "config.json").unlink()
-    with pytest.warns(UserWarning, match="is read as an SAE, and may be a transcoder: .* 'kind': 'transcoder'}"):
+    with pytest.warns(
+        UserWarning, match="is read as an SAE, and may be a transcoder: .* 'kind': 'transcoder'}"
+    ) as told:
         assert SAE.load(folder).info.site is None
+    assert [one.filename for one in told] == [__file__]
     said = {"name": "gemma_3", "kind": "transcoder"}
     assert SAE.load(folder, loader=said).info.architecture == "saekit:jumprelu_transcoder"
     said["kind"] = "mlp_out"

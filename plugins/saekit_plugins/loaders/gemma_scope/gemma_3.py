@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
+from saekit.cautions import warn
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.gemma_scope import FED, Gemma3Config
 from saekit_plugins.loaders.reading import (
@@ -157,11 +157,10 @@ def _check_kind(kind: str | None, option: str | None, where: str, *, like_transc
             "as transcoders alone have"
         )
     if kind is None and not like_transcoders:
-        warnings.warn(
+        warn(
             f"{where} is read as an SAE, and may be a transcoder: the files are alike, and neither the path nor a "
             "config.json says what it is. loader={'name': 'gemma_3', 'kind': 'transcoder'} reads it as one, and "
             f"{' or '.join(map(repr, _HOOKS))} as kind says what it is for",
-            stacklevel=3,
         )
 
 

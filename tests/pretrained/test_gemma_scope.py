@@ -93,7 +93,7 @@ def test_the_path_tells_transcoders_from_saes(tmp_path: Path, place: str) -> Non
         assert len(told) == (place in GUESSES)
         for one in told:
             assert f"may be for {other} [" in str(one.message)
-            assert f"loader={other!r} reads the other, and loader={read!r} says" in str(one.message)
+            assert f"loader={other!r} reads it as that one does, and loader={read!r} says" in str(one.message)
             assert one.filename == __file__
     for loader in ("gemma_2", "gemma_2_transcoder"):
         expected = loader.replace("gemma_2", "saekit:jumprelu")

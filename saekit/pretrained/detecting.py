@@ -89,7 +89,7 @@ def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
         )
     if pointers := files.pointers():
         hint = (
-            f"pointers of git-LFS are there in the place of {', '.join(pointers[:10])}: `git lfs pull` in that "
+            f"pointers of git-LFS are there in the place of {', '.join(pointers)}: `git lfs pull` in that "
             "repository fetches the files"
         )
         raise UnrecognizedError(f"no loader recognizes {files.place}: {hint}", hint)
@@ -116,8 +116,8 @@ def _warn_of_others(found: Sequence[Score], files: SAEFiles) -> None:
     scores = ", ".join(f"{name} {score:.2g}" for name, (score, _) in zip((own, *rest), likely, strict=True))
     all_of = "both" if len(likely) == 2 else f"all {len(likely)}"
     warn(
-        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: {all_of} find it likely, and none "
-        f"is sure ({scores}; 1 is sure). "
+        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: {all_of} find it likely, and "
+        f"none is sure ({scores}; 1 is sure). "
         f"{' or '.join(f'loader={name!r}' for name in rest)} reads it as that one does, and loader={own!r} says that "
         "this is right"
     )

@@ -19,6 +19,7 @@ from saekit.commands.show import show
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.storage import locked
 from saekit.reports import draw_pictures
+from saekit.saved import SAEFiles
 
 
 def shown(folder: Path, *, draw: bool = False, open_it: bool = False) -> str:
@@ -221,6 +222,21 @@ def test_one_file_of_weights_and_what_is_damaged(tmp_path: Path) -> None:
         shown(folder)
     with pytest.raises(PlaceError, match="folders of runs; it looks like a folder of .* lacks ae.pt besid"):
         shown(_without(good(FORMS["dictionary_learning"], tmp_path / "b"), "ae.pt"))
+
+
+def test_a_mistyped_folder_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what lies deep below it taken for what it is."""
+    good(FORMS["dictionary_learning"], tmp_path / "deep/a/b/c/d")
+    (tmp_path / "deep/.cache/1/2/3/4/5/6").mkdir(parents=True)
+    assert "format         saekit:dictionary_learning: " in shown(tmp_path / "deep"), "as deep as formats are"
+    many = tmp_path / "many/.git"
+    many.mkdir(parents=True)
+    for number in range(2000):
+        (many / str(number)).touch()
+    monkeypatch.setattr(SAEFiles, "at", None)  # nothing is read
+    for place in (tmp_path, tmp_path / "many"):
+        with pytest.raises(PlaceError, match="nor are there folders of runs; .* give its own folder: below this one"):
+            shown(place)
 
 
 def _without(folder: Path, name: str) -> Path:

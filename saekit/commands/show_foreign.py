@@ -33,6 +33,8 @@ _MOST_NAMES, _DEEPEST = 2000, 4
 """Of what is below a folder, so that a mistyped one is not looked through: ``layer_7/width_16k/average_l0_30`` is 3
 deep."""
 
+_MOST_FILES = 4
+
 
 def show_foreign(place: Path, console: Console) -> None:
     """Print what the SAE in the folder, or the file of weights, ``place`` is.
@@ -95,6 +97,8 @@ def _is_small(place: Path) -> bool:
 
 def _about(sae: SAE) -> Iterator[tuple[str, Any]]:
     metadata = sae.info.metadata
+    files = [*sae.info.provenance.get("files", ())]
+    yield "files", ", ".join(files[:_MOST_FILES]) + (", ..." if len(files) > _MOST_FILES else "")
     yield "architecture", sae.info.architecture
     yield "features", f"{sae.d_sae:,}"
     yield "width", sae.d_in if sae.ports.same else f"{sae.d_in} to {sae.d_out}"

@@ -228,7 +228,9 @@ def test_a_mistyped_folder_is_not_looked_through(tmp_path: Path, monkeypatch: py
     """Nor is what lies deep below it taken for what it is."""
     good(FORMS["dictionary_learning"], tmp_path / "deep/a/b/c/d")
     (tmp_path / "deep/.cache/1/2/3/4/5/6").mkdir(parents=True)
-    assert "format         saekit:dictionary_learning: " in shown(tmp_path / "deep"), "as deep as formats are"
+    text = shown(tmp_path / "deep")
+    assert "format         saekit:dictionary_learning: " in text, "as deep as formats are"
+    assert "files          a/b/c/d/ae.pt, a/b/c/d/config.json" in text
     many = tmp_path / "many/.git"
     many.mkdir(parents=True)
     for number in range(2000):

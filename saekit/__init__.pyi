@@ -1,6 +1,7 @@
 from . import abilities as abilities
 from . import analysis as analysis
 from . import backends as backends
+from . import cautions as cautions
 from . import config as config
 from . import converted as converted
 from . import dashboards as dashboards

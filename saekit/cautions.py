@@ -1,6 +1,6 @@
 """Warnings at the line of whoever called saekit, which is where something can be done.
 
-Importing this imports no torch.
+Plugins warn by :func:`warn`, too.  Importing this imports no torch.
 """
 
 from __future__ import annotations

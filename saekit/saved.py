@@ -243,9 +243,12 @@ class SAEFiles:
         return found
 
     def pointers(self) -> list[str]:
-        """The names of those that are pointers of git-LFS in a folder here."""
-        found = []
-        for name in sorted(self.names) if self.hub is None else ():
+        """The names of those that are pointers of git-LFS in a folder here: ten at most, of weights and of JSON."""
+        found: list[str] = []
+        names = () if self.hub is not None else self.names
+        for name in sorted(name for name in names if name.lower().endswith((*WEIGHT_FILES, ".json"))):
+            if len(found) == _ENOUGH_POINTERS:
+                break
             with suppress(OSError):
                 if pointer_size(self._get(name)) is not None:
                     found.append(name)
@@ -326,6 +329,7 @@ class SAEFiles:
 
 WEIGHT_FILES = (".safetensors", ".npz", ".pt", ".pth", ".bin", ".pkl", ".pkl.gz")
 """How the names of files end that can be asked for alone."""
+_ENOUGH_POINTERS = 10
 _CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([^/]+)")  # how huggingface_hub names its folders
 
 

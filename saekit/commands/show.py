@@ -1,4 +1,7 @@
-"""``saekit show``: what there is of a run, of a sweep or of a saved SAE, and what to type next.  Imports no torch."""
+"""``saekit show``: what there is of a run, of a sweep or of a saved SAE, and what to type next.
+
+Imports no torch, but for an SAE in another library's files, which is loaded.
+"""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
         )
     if pointers := files.pointers():
         hint = (
-            f"pointers of git-LFS are there in the place of {', '.join(pointers[:10])}: `git lfs pull` in that "
+            f"pointers of git-LFS are there in the place of {', '.join(pointers)}: `git lfs pull` in that "
             "repository fetches the files"
         )
         raise UnrecognizedError(f"no loader recognizes {files.place}: {hint}", hint)
@@ -106,18 +106,20 @@ def detected(files: SAEFiles, plugins: PluginManager) -> Registered:
 
 def _warn_of_others(found: Sequence[Score], files: SAEFiles) -> None:
     """Where the surest loader is not sure, and another one thinks it likely, too, that may be the right one."""
-    (best, item), *less = found
-    others = [other for score, other in less if best <= _LIKELY[1] and score >= _LIKELY[0]]
-    if not others:
+    best = found[0][0]
+    likely = [found[0], *(one for one in found[1:] if best <= _LIKELY[1] and one[0] >= _LIKELY[0])]
+    if len(likely) == 1:
         return
-    everyone = [item, *others]
-    names = [one.entry.name for one in everyone]
-    own, *rest = names if len({*names}) == len(names) else [one.key for one in everyone]
-    what = [f"{name} [{one.entry.summary}]" for one, name in zip(everyone, (own, *rest), strict=True)]
+    names = [item.entry.name for _, item in likely]
+    own, *rest = names if len({*names}) == len(names) else [item.key for _, item in likely]
+    what = [f"{name} [{item.entry.summary}]" for name, (_, item) in zip((own, *rest), likely, strict=True)]
+    scores = ", ".join(f"{name} {score:.2g}" for name, (score, _) in zip((own, *rest), likely, strict=True))
+    all_of = "both" if len(likely) == 2 else f"all {len(likely)}"
     warn(
-        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: the files are alike, and their "
-        f"path does not tell. loader={' or '.join(map(repr, rest))} reads the other, and loader={own!r} says that this "
-        "is right"
+        f"{files.place} is read by {what[0]}, and may be for {' or '.join(what[1:])}: {all_of} find it likely, and "
+        f"none is sure ({scores}; 1 is sure). "
+        f"{' or '.join(f'loader={name!r}' for name in rest)} reads it as that one does, and loader={own!r} says that "
+        "this is right"
     )
 
 

@@ -52,8 +52,11 @@ def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
     plain, compiled = backend(model, compile=False), backend(model)
     hooks = {"hook_embed", "blocks.0.hook_resid_pre"}
     expected = plain.run(TOKENS, read=hooks).held
-    with pytest.warns(RuntimeWarning, match="model.compile does nothing for hook_embed: no part that runs for it"):
+    with pytest.warns(
+        RuntimeWarning, match="model.compile does nothing for hook_embed: no part that runs for it"
+    ) as told:
         found = compiled.run(TOKENS, read=hooks).held
+    assert [one.filename for one in told] == [__file__]
     found = compiled.run(TOKENS, read=hooks).held  # once
     assert all(torch.equal(found[hook], expected[hook]) for hook in hooks)
     assert not counted.runs

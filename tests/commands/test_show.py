@@ -11,7 +11,6 @@ import pytest
 from rich.console import Console
 from support.bad_forms import FORMS, good
 from support.command import cli
-from support.formats import GIVEN
 from support.written import records, write_run, write_sweep
 
 import saekit
@@ -19,6 +18,7 @@ from saekit.commands.show import show
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.storage import locked
 from saekit.reports import draw_pictures
+from saekit.saved import SAEFiles
 
 
 def shown(folder: Path, *, draw: bool = False, open_it: bool = False) -> str:
@@ -195,10 +195,11 @@ def test_a_saved_sae(tmp_path: Path) -> None:
             shown(tmp_path)
 
 
-@pytest.mark.parametrize("name", sorted({*FORMS} - {*GIVEN}))
+@pytest.mark.parametrize("name", sorted({*FORMS} - {"qwen_scope", "llama_scope_r1_distill"}))
 def test_an_sae_of_another_library(tmp_path: Path, name: str) -> None:
-    """Whatever ``SAE.load`` loads."""
-    folder = good(FORMS[name], tmp_path / ("transcoders" if name == "gemma_2_transcoder" else "gemma-scope-2b"))
+    """Whatever ``SAE.load`` loads without an option."""
+    kind = "transcoders" if name == "gemma_2_transcoder" else "res"
+    folder = good(FORMS[name], tmp_path / f"gemma-scope-2b-pt-{kind}")
     sae = saekit.SAE.load(folder)
     text = shown(folder)
     lines = [line.split() for line in text.splitlines()]
@@ -220,6 +221,23 @@ def test_one_file_of_weights_and_what_is_damaged(tmp_path: Path) -> None:
         shown(folder)
     with pytest.raises(PlaceError, match="folders of runs; it looks like a folder of .* lacks ae.pt besid"):
         shown(_without(good(FORMS["dictionary_learning"], tmp_path / "b"), "ae.pt"))
+
+
+def test_a_mistyped_folder_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is what lies deep below it taken for what it is."""
+    good(FORMS["dictionary_learning"], tmp_path / "deep/a/b/c/d")
+    (tmp_path / "deep/.cache/1/2/3/4/5/6").mkdir(parents=True)
+    text = shown(tmp_path / "deep")
+    assert "format         saekit:dictionary_learning: " in text, "as deep as formats are"
+    assert "files          a/b/c/d/ae.pt, a/b/c/d/config.json" in text
+    many = tmp_path / "many/.git"
+    many.mkdir(parents=True)
+    for number in range(2000):
+        (many / str(number)).touch()
+    monkeypatch.setattr(SAEFiles, "at", None)  # nothing is read
+    for place in (tmp_path, tmp_path / "many"):
+        with pytest.raises(PlaceError, match="nor are there folders of runs; .* give its own folder: below this one"):
+            shown(place)
 
 
 def _without(folder: Path, name: str) -> Path:

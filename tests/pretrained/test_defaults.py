@@ -42,10 +42,7 @@ OTHER_NAMES = {"dictionary_learning_1", "mntss_clt_layer_transcoder", "mwhanna_t
 
 
 def loaded(name: str, folder: Path | None = None) -> SAE:
-    loader = GIVEN.get(name)
-    if name == "gemma_2_transcoder" and loader is None:  # the path alone says that it is one
-        loader = {"name": name}
-    return SAE.load(folder or FIXTURES / name, loader=loader)
+    return SAE.load(folder or FIXTURES / name, loader=GIVEN.get(name))
 
 
 def test_all_loaders_are_here() -> None:

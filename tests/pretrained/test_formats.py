@@ -227,10 +227,18 @@ def test_the_surest_loader_reads(tmp_path: Path) -> None:
     assert detected(tmp_path, a=0.4, b=0.6, c=0) == "b"
     assert detected(tmp_path, a=0.9, b=True, c=False) == "b", "true is sure"
     assert detected(tmp_path, a=0.7, b=0.8) == "b", "sure enough for no warning"
-    with pytest.warns(
-        UserWarning, match=r"is read by b \[\], and may be for a \[\]: .* loader='a' reads the other, and "
-    ):
+    two = (
+        r"read by b \[\], and may be for a \[\]: both find it likely, and none is sure \(b 0.75, a 0.5; 1 is sure\)\. "
+        "loader='a' reads it as that one does, and loader='b' says that this is right$"
+    )
+    with pytest.warns(UserWarning, match=two):
         assert detected(tmp_path, a=0.5, b=0.75, c=0.4) == "b"
+    three = (
+        r"may be for a \[\] or c \[\]: all 3 find it likely, and none is sure \(b 0.75, a 0.6, c 0.5; 1 is sure\)\. "
+        "loader='a' or loader='c' reads it as that one does"
+    )
+    with pytest.warns(UserWarning, match=three):
+        assert detected(tmp_path, a=0.6, b=0.75, c=0.5) == "b"
     with pytest.raises(SAEFormatError) as error:
         detected(tmp_path, a=0.6, b=0.6, c=0.5)
     assert "several loaders recognize" in str(error.value)

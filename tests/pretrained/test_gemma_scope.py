@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import warnings
 from pathlib import Path
@@ -29,7 +30,7 @@ OLD, NEW = "layer_7/width_16k/average_l0_30", "resid_post/layer_9_width_16k_l0_s
 def test_the_embedding_is_read_unscaled(tmp_path: Path) -> None:
     place = tmp_path / "google/gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
     shutil.copytree(FIXTURES / "gemma_scope_2_npz" / OLD, place)
-    sae, plain = SAE.load(place), SAE.load(FIXTURES / "gemma_scope_2_npz")
+    sae, plain = SAE.load(place), SAE.load(FIXTURES / "gemma_scope_2_npz", loader="gemma_2")
     assert sae.info.site == Site(hook_name="hook_embed")
     close(sae.encode(X), plain.encode(X / 4))
     close(sae.W_dec, plain.W_dec * 4)
@@ -46,7 +47,7 @@ def test_the_repository_says_the_hook(tmp_path: Path, kind: str, hook: str) -> N
         sae = SAE.load(folder, loader=loader and {"name": "gemma_2", "repo": loader})
         assert sae.info.site == Site(hook_name=f"blocks.7.{hook}")
         assert sae.info.metadata["model_name"] == "gemma-2-9b-it"
-    assert SAE.load(FIXTURES / "gemma_scope_2_npz").info.site is None, "nothing is invented"
+    assert SAE.load(FIXTURES / "gemma_scope_2_npz", loader="gemma_2").info.site is None, "nothing is invented"
 
 
 KINDS = {
@@ -54,32 +55,45 @@ KINDS = {
     "models--google--gemma-scope-2b-pt-transcoders/snapshots/abc": True,
     "models--google--gemma-scope-2b-pt-transcoders": True,
     "models--google--gemma-scope-9b-it-res/snapshots/abc": False,
+    "transcoders/a/gemma-scope-2b-pt-mlp": False,
+    "gemma-scope-2b-pt-mlp/mlp": False,
+}
+"""What the names of the Hub's repositories say: whether it is a transcoder."""
+GUESSES = {
     "gemma_2_transcoder": True,
     "Transcoders/gemma-2": True,
-    "transcoders/gemma-scope-2b-pt-mlp-canonical": False,
     "gemma-scope-2b/transcoders": True,
+    "gemma-scope-2b-pt-res/my-transcoders": True,
+    "transcoders/gemma-scope-2b-pt-mlp-canonical": False,
     "gemma-scope-2b-x/a/b/c": False,
+    "my-gemma-scope-2b-pt-res": False,
+    "gemma_scope_tc": False,
+    "gemma-scope-downloads/tc": False,
     "mine/2b-pt-att": False,
-    "transcoders/a/b": None,
-    "2b-pt-att/a/b": None,
-    "residuals": None,
+    "transcoder-comparison/res": False,
+    "transcoder-study/saes": False,
+    "transcoders/a/b": False,
+    "2b-pt-att/a/b": False,
+    "residuals": False,
 }
-"""What the folders above say: whether it is a transcoder.  None: nothing."""
+"""What people's own folders make likely, which is said."""
 
 
-@pytest.mark.parametrize("place", KINDS)
+@pytest.mark.parametrize("place", [*KINDS, *GUESSES])
 def test_the_path_tells_transcoders_from_saes(tmp_path: Path, place: str) -> None:
-    """Their files are alike, and what nothing tells is said, once, and not where the loader is named."""
+    """Their files are alike, and what is a guess is said, once, and not where the loader is named."""
     folder = copied("gemma_2_transcoder", tmp_path / "x/y", place) / place
+    transcoder = (KINDS | GUESSES)[place]
+    read, other = ("gemma_2_transcoder", "gemma_2")[:: 1 if transcoder else -1]
     for at in (folder, next(folder.rglob("params.npz"))):
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             sae = SAE.load(at)
-        assert sae.info.architecture == f"saekit:jumprelu{'_transcoder' if KINDS[place] else ''}"
-        assert len(told) == (KINDS[place] is None)
+        assert sae.info.architecture == f"saekit:jumprelu{'_transcoder' if transcoder else ''}"
+        assert len(told) == (place in GUESSES)
         for one in told:
-            assert "may be for gemma_2_transcoder [transcoders of Gemma Scope (params.npz)]" in str(one.message)
-            assert "loader='gemma_2_transcoder' reads the other, and loader='gemma_2' says" in str(one.message)
+            assert f"may be for {other} [" in str(one.message)
+            assert f"loader={other!r} reads it as that one does, and loader={read!r} says" in str(one.message)
             assert one.filename == __file__
     for loader in ("gemma_2", "gemma_2_transcoder"):
         expected = loader.replace("gemma_2", "saekit:jumprelu")
@@ -101,8 +115,11 @@ def test_gemma_3_without_its_path(tmp_path: Path) -> None:
         edit_json(folder / "config.json", lambda table, hooks=hooks: table.update({"hf_hook_point_in": "x"} | hooks))
         assert SAE.load(folder).info.sites.name == "blocks.9.hook_mlp_in-to-blocks.9.hook_mlp_out"
     (folder / "config.json").unlink()
-    with pytest.warns(UserWarning, match="is read as an SAE, and may be a transcoder: .* 'kind': 'transcoder'}"):
+    with pytest.warns(
+        UserWarning, match="is read as an SAE, and may be a transcoder: .* 'kind': 'transcoder'}"
+    ) as told:
         assert SAE.load(folder).info.site is None
+    assert [one.filename for one in told] == [__file__]
     said = {"name": "gemma_3", "kind": "transcoder"}
     assert SAE.load(folder, loader=said).info.architecture == "saekit:jumprelu_transcoder"
     said["kind"] = "mlp_out"
@@ -123,8 +140,19 @@ def test_gemma_3_without_its_config(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("kind", "hook"), [("attn_out_all", "attn.hook_z"), ("mlp_out", "hook_mlp_out")])
 def test_gemma_3_at_other_hooks(tmp_path: Path, kind: str, hook: str) -> None:
-    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, tmp_path / kind / "layer_3_width_16k_l0_big_seed_1")
-    assert SAE.load(tmp_path).info.site == Site(hook_name=f"blocks.3.{hook}")
+    place = tmp_path / "transcoder/layer_5" / kind / "layer_3_width_16k_l0_big_seed_1"
+    shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, place)
+    assert SAE.load(tmp_path).info.site == Site(hook_name="blocks.9.hook_resid_post"), "its config.json goes before"
+    (place / "config.json").unlink()
+    assert SAE.load(tmp_path).info.site == Site(hook_name=f"blocks.3.{hook}"), "the nearest folders"
+    write_transcoder_config(place, 4)
+    assert SAE.load(tmp_path).info.sites.name == "blocks.4.hook_mlp_in-to-blocks.4.hook_mlp_out"
+
+
+def write_transcoder_config(place: Path, layer: int) -> None:
+    """Have the ``config.json`` in ``place`` be that of a transcoder."""
+    read = f"model.layers.{layer}.pre_feedforward_layernorm.output"
+    (place / "config.json").write_text(json.dumps({"architecture": "jump_relu", "hf_hook_point_in": read}))
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -132,6 +160,7 @@ def test_gemma_3_transcoders_with_and_without_a_skip(tmp_path: Path, affine: boo
     place = tmp_path / f"transcoder_all/layer_2_width_16k_l0_small{'_affine' * affine}"
     shutil.copytree(FIXTURES / "gemma_scope_3" / NEW, place)
     skip = torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    write_transcoder_config(place, 2)
     edit_json(place / "config.json", lambda table: table.update(affine_connection=affine))
     if affine:
         with pytest.raises(SAEFormatError, match="lacks affine_skip_connection, which the config.json beside it says"):

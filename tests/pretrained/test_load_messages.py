@@ -12,7 +12,7 @@ import torch
 from support.bad_forms import FORMS, good
 from support.formats import GIVEN, copied, edit_json
 
-from saekit import SAE
+from saekit import SAE, SAEFiles
 from saekit.errors import SAEFormatError
 from saekit.pretrained import verify
 from saekit.runs.checks import start_files
@@ -124,6 +124,13 @@ def test_pointers_of_git_lfs(tmp_path: Path, name: str, part: str) -> None:
             with pytest.raises(SAEFormatError, match="pointers? of git-LFS.*`git lfs pull` in that repo") as error:
                 SAE.load(folder, loader=loader)
         assert Path(getattr(form, part)).name in str(error.value)
+
+
+def test_pointers_that_are_looked_for(tmp_path: Path) -> None:
+    """As many as are told, of files that loaders read."""
+    for name in ("README.md", "a.txt", *(f"part-{number:02}.BIN" for number in range(12)), "b.json"):
+        (tmp_path / name).write_bytes(POINTER)
+    assert SAEFiles.in_folder(tmp_path).pointers() == ["b.json", *(f"part-{number:02}.BIN" for number in range(9))]
 
 
 def test_what_a_pointer_says_of_its_size(tmp_path: Path) -> None:

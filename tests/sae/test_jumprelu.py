@@ -223,8 +223,9 @@ def test_thresholds_below_0_in_a_file_are_told(tmp_path: Path) -> None:
         sae.threshold[:3] = torch.tensor([-0.25, -1.5, 0.0])
     folder = sae.save(tmp_path / "sae")
     words = rf"^2 of {D_SAE} thresholds in the file are below 0, the least -1.5. They are read as 0: pre-activations"
-    with pytest.warns(UserWarning, match=words):
+    with pytest.warns(UserWarning, match=words) as told:
         loaded = SAE.load(folder)
+    assert [one.filename for one in told] == [__file__]
     assert torch.equal(loaded.threshold[:3], torch.zeros(3, dtype=torch.float64))
     assert torch.allclose(loaded(x), sae(x)), "a feature is above zero in either"
 

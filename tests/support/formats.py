@@ -16,8 +16,10 @@ NOT_OF_THE_FORMAT = ("expected.safetensors", "meta.json", "peer_cfg.json")
 GIVEN: Mapping[str, dict[str, Any]] = {
     "qwen_scope": {"name": "qwen_scope", "k": 9},
     "llama_scope_r1_distill": {"name": "llama_scope_r1_distill", "activation_scale": 0.5},
+    "gemma_scope_2_npz": {"name": "gemma_2"},
+    "gemma_2_transcoder": {"name": "gemma_2_transcoder"},
 }
-"""What the files of a format do not say, as options of its loader."""
+"""What the files of a format, or the fixture's folder, do not say, as options of its loader."""
 
 
 def copied(name: str, folder: Path, at: str = "") -> Path:

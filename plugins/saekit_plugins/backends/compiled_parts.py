@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
+from saekit.cautions import warn
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -74,11 +74,10 @@ class CompiledParts:
             yield
         if self.calls == before and not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"model.compile does nothing for {', '.join(sorted(hooks)) or 'this model'}: no part that runs for it "
                 "is free of hooks",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
     def _module(self, name: str) -> Module:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import attrs
 
+from saekit.cautions import warn
 from saekit_plugins.backends.compiled_parts import is_hooked
 
 if TYPE_CHECKING:
@@ -109,11 +109,10 @@ class FusedParts:
     def warn_if_none(self, name: str) -> None:
         """:class:`RuntimeWarning` where there is nothing to gain in the model ``name``."""
         if not len(self):
-            warnings.warn(
+            warn(
                 f"model.backend.fused does nothing for {name!r}: no attention, norm or GELU in it is known here "
                 "and free of hooks",
                 RuntimeWarning,
-                stacklevel=4,
             )
 
     @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from saekit import Ports
 from saekit.abilities import SparseActivation
+from saekit.cautions import warn
 from saekit.distributed import WHOLE, Share
 from saekit.errors import ConfigError
 from saekit.kernels import (
@@ -50,12 +50,10 @@ def check_relu(activation: ActivationFunction, why: str) -> None:
 def from_zero(thresholds: Tensor) -> Tensor:
     """``thresholds`` of a file as they are used: a feature is above zero, so those below 0 do what 0 does."""
     if bool((below := thresholds < 0).any()):
-        warnings.warn(
+        warn(
             f"{int(below.sum()):,} of {below.numel():,} thresholds in the file are below 0, the least "
             f"{thresholds.min().item():.4g}. They are read as 0: pre-activations below 0 are never features here. If "
             "they were where it was trained, this is another SAE",
-            UserWarning,
-            stacklevel=2,
         )
     return thresholds.clamp_min(0)
 

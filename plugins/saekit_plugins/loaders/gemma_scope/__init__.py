@@ -41,7 +41,7 @@ class Gemma3Config(GemmaScopeConfig):
     """For ``resid_post/layer_9_width_16k_l0_small/params.safetensors``."""
 
     kind: Literal["resid_post", "attn_out", "mlp_out", "transcoder", "clt"] | None = None
-    """What it is, as the folders of the repository are named.  None: as the path or `config.json` says."""
+    """What it is, as the folders of the repository are named.  None: as `config.json` or else the path says."""
 
 
 @hookimpl

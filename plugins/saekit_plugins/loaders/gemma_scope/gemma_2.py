@@ -20,10 +20,12 @@ __all__ = ["Gemma2Loader", "Gemma2TranscoderLoader"]
 
 _PATTERN = r"params\.npz"
 _REPOSITORY = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-(res|mlp|att|transcoders)(?=/|$)")
+_WHOLE_NAME = re.compile(rf"(?:models--google--)?{_REPOSITORY.pattern}")
 _LAYER = re.compile(r"/layer_(\d+)/(?:[^/]+/)*params\.npz$")
+_EMBEDDING = re.compile(r"/embedding/width_[^/]+/(?:[^/]+/)?params\.npz$")
 _OF_THE_LAYOUT = re.compile(r"layer_\d+|width_.*|average_l0_.*|canonical|params\.npz")
-_THEIRS = re.compile(r"gemma[-_]scope[-_]", re.IGNORECASE)  # without "transcoder", the name of a repository of SAEs
-_HOOK = re.compile(r"[-_](?:res|att|mlp)(?![a-z])", re.IGNORECASE)
+_THEIRS = re.compile(r"gemma[-_]scope[-_]", re.IGNORECASE)  # without "transcoder", likely the name of SAEs
+_OF_SAES = re.compile(r"(?<![a-z])(?:res|att|mlp|saes?)(?![a-z])", re.IGNORECASE)
 _HOOKS = {"res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z"}
 _NAMES = {name: name for name in ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")}
 
@@ -40,10 +42,14 @@ class Gemma2Loader:
         names = found_files(files, _PATTERN)
         if not names:
             return 0.0
-        transcoder = _is_transcoder(path_of(files, names[0]) if self._repo is None else f"/{self._repo}/")
-        if transcoder is None:
-            return self._unsaid
-        return 0.95 if transcoder == (self._loader == "gemma_2_transcoder") else 0.0
+        path = path_of(files, names[0]) if self._repo is None else f"/{self._repo}/"
+        sure, likely = _is_transcoder(path)
+        mine = self._loader == "gemma_2_transcoder"
+        if sure is not None:
+            return 0.95 if sure == mine else 0.0
+        if likely is not None:
+            return 0.7 if likely == mine else 0.5
+        return self._unsaid
 
     _unsaid = 0.6
     """How sure it is where the path says no kind: most of this layout are SAEs."""
@@ -75,7 +81,7 @@ class Gemma2Loader:
         hook_name = None
         if layer is not None and said is not None:
             hook_name = f"blocks.{layer}.{_HOOKS[said[3]]}" if said[3] in _HOOKS else None
-        elif "/embedding/width_" in path:
+        elif _EMBEDDING.search(path):
             hook_name = "hook_embed"
             root = math.sqrt(tensors["W_enc"].shape[0])
             tensors |= {"W_enc": tensors["W_enc"] / root, "W_dec": tensors["W_dec"] * root}
@@ -87,22 +93,32 @@ class Gemma2Loader:
         )
 
 
-def _is_transcoder(path: str) -> bool | None:
-    """Whether ``path`` is that of a transcoder, whose files are like those of an SAE; None: it does not say.
+def _is_transcoder(path: str) -> tuple[bool | None, bool | None]:
+    """Whether ``path`` is that of a transcoder, whose files are like those of an SAE: for sure, and likely.
 
-    The nearest folder that says so counts.  A name that Gemma Scope's repositories have may be anywhere; ``transcoder``
-    in another one is taken for what is in the folder where it holds the layers or is the next one above.
+    None: it does not say.  The name of a repository of Gemma Scope is sure, wherever it stands in the path, unless a
+    folder nearer to the file says otherwise.  Names that people give are guesses, and the nearest that says something
+    counts: one that holds the layers, or the next above, or one that is called after Gemma Scope.
     """
-    if "/embedding/width_" in path:
-        return False
+    if _EMBEDDING.search(path):
+        return False, False  # which no transcoder reads
     names = [name for name in path.split("/") if name and not _OF_THE_LAYOUT.fullmatch(name)]
+    likely: bool | None = None
     for above, name in enumerate(reversed(names)):
-        near, theirs = above < 2, bool(_THEIRS.search(name))
-        if "transcoder" in name.lower() and (near or theirs):
-            return True
-        if theirs or (near and _HOOK.search(name)):
-            return False
-    return None
+        if (said := _WHOLE_NAME.fullmatch(name)) is not None:
+            sure = said[3] == "transcoders"
+            return (sure if likely in (None, sure) else None), (sure if likely is None else likely)
+        if likely is None:
+            likely = _guess(name, near=above < 2)
+    return None, likely
+
+
+def _guess(name: str, *, near: bool) -> bool | None:
+    """What the name of a folder makes likely; ``near``: of one that holds the layers, or of the next one above."""
+    theirs = bool(_THEIRS.search(name))
+    if "transcoder" in name.lower() and (near or theirs):
+        return True
+    return False if theirs or (near and _OF_SAES.search(name)) else None
 
 
 def _fed(said: re.Match[str] | None) -> dict[str, Any]:

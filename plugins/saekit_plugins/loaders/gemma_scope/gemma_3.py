@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from saekit import Ports, PretrainedSAE, SAEFiles, Site, Sites
+from saekit.cautions import warn
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.gemma_scope import FED, Gemma3Config
 from saekit_plugins.loaders.reading import (
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gemma3Loader"]
 
-_KIND = re.compile(r"(?:^|/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/(?:[^/]+/)*[^/]+$")
-_LAYER = re.compile(r"layer_(\d+)")
+_KIND = re.compile(r"(?:^|.*/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/", re.DOTALL)  # the nearest
+_LAYER = re.compile(r".*layer_(\d+)", re.DOTALL)
 _REPOSITORY = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)(?=/|$)")
 _PATTERN = r"params\.safetensors|(?:.*/)?clt[^/]*/(?:[^/]+/)*[^/]*layer_\d+[^/]*\.safetensors"
 _HOOKS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
@@ -63,7 +63,7 @@ class Gemma3Loader:
             return 0.0
         path = path_of(files, names[0])
         said = peeked(files, beside(files, names[0], "config.json")).get("architecture") == "jump_relu"
-        return 0.95 if said or _KIND.search(path) or _REPOSITORY.search(path) else 0.4
+        return 0.95 if said or _KIND.match(path) or _REPOSITORY.search(path) else 0.4
 
     def missing_part(self, files: SAEFiles) -> str | None:
         return missing_beside(files, r"config\.json", "params.safetensors", keys=("architecture", "hf_hook_point_in"))
@@ -107,13 +107,18 @@ class Gemma3Loader:
         )
 
     def _place(self, path: str, read: str | None, config: Mapping[str, Any]) -> tuple[str | None, int | None]:
-        """What it is, and its layer: as the option says, the path, or else what is ``read`` by ``config.json``."""
+        """What it is, and its layer: as the option says, what is ``read`` by ``config.json``, or else the path.
+
+        That a transcoder is a cross-layer one, the path alone says.
+        """
         said = None if read is None else re.fullmatch(r"model\.layers\.(\d+)\.(.+)", read)
         kind = None if said is None else _HF_KINDS.get(said[2])
         if (written := config.get("hf_hook_point_out")) is not None and written != read:
             kind = "transcoder"
-        named, layer = _KIND.search(path), _LAYER.search(path) or said
-        return self._kind or (kind if named is None else named[1]), None if layer is None else int(layer[1])
+        named, layer = _KIND.match(path), said or _LAYER.match(path)
+        if named is not None and (kind is None or (kind == "transcoder" and named[1] == "clt")):
+            kind = named[1]
+        return self._kind or kind, None if layer is None else int(layer[1])
 
     def _config(self, files: SAEFiles, name: str) -> tuple[Mapping[str, Any], str | None]:
         """``config.json``, checked as far as it is used, and what it says is read, in the model's own names."""
@@ -152,11 +157,10 @@ def _check_kind(kind: str | None, option: str | None, where: str, *, like_transc
             "as transcoders alone have"
         )
     if kind is None and not like_transcoders:
-        warnings.warn(
+        warn(
             f"{where} is read as an SAE, and may be a transcoder: the files are alike, and neither the path nor a "
             "config.json says what it is. loader={'name': 'gemma_3', 'kind': 'transcoder'} reads it as one, and "
             f"{' or '.join(map(repr, _HOOKS))} as kind says what it is for",
-            stacklevel=3,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from saekit.config import ModelConfig
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
+    from saekit.splicing.doubts import Doubt
     from saekit.status import Status
     from saekit.tokens import Mask
 
@@ -109,7 +110,7 @@ class Material:
             size, number = contexts.shape[1], len(contexts)
             group.about[name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites,
-                **({"unlike_training": unlike} if (unlike := doubts_of_place(subject.sae, backend, sites)) else {}),
+                **_unlike_training(doubts_of_place(subject.sae, backend, sites)),
             }  # fmt: skip
         yield from groups.values()
 
@@ -286,6 +287,15 @@ def _check_named(subject: Subject, kind: str, option: str) -> None:
         [(kind, f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory, which none of "
           f"its files names. Give it: {kind}=... from Python, or {option} on the command line")]
     )  # fmt: skip
+
+
+def _unlike_training(doubts: Sequence[Doubt]) -> dict[str, list[str]]:
+    """What is surely not as in training, and what may not be."""
+    surely, perhaps = ([one.text for one in doubts if one.certain is certain] for certain in (True, False))
+    return {
+        **({"unlike_training": surely} if surely else {}),
+        **({"perhaps_unlike_training": perhaps} if perhaps else {}),
+    }
 
 
 def _of_model(backend: ModelBackend) -> dict[str, Any]:

@@ -18,27 +18,47 @@ IN_MEMORY = ("model", "dataset")
 OPTIONS = {"model": "model.name", "dataset": "dataset.path"}
 """The options in the place of which that is."""
 _CONFIG = "config.toml"
+_OF_RECORD = {"format", "saes", "in_memory"}
+"""What every record has: a file that has one of these or none, perhaps by chance, is something else."""
 
 
 def from_memory(home: Path) -> tuple[str, ...]:
     """Of the run of which ``home`` has the ``config.toml``, alone or as one of several: ``model``, ``dataset``.
 
-    Nothing where there is no run.  :class:`PlaceError` where its record cannot be read.
+    Nothing where there is no run.  :class:`PlaceError` where its record cannot be read.  Another ``run.json``, and the
+    record of other SAEs in the folder above, say nothing.
     """
     whole = home.resolve()
     for folder, own in ((whole, "."), (whole.parent, whole.name)):
-        if not (folder / RECORD).is_file():
+        record = _record(folder / RECORD, own)
+        if record is None:
             continue
         try:
-            record = read_json(folder / RECORD)
-            kinds, homes = record["in_memory"], {*record["saes"].values()}
+            kinds, homes = record["in_memory"], [*record["saes"].values()]
             if not all(kind in IN_MEMORY for kind in kinds):
                 raise ValueError(f"in_memory holds {kinds!r}")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise PlaceError(f"{folder / RECORD} cannot be read: {type(error).__name__} {error}") from error
         if own in homes:
             return tuple(kinds)
     return ()
+
+
+def _record(file: Path, own: str) -> Mapping[str, Any] | None:
+    """What a run has written there; None: there is nothing, something else, or what is not of the SAE in ``own``."""
+    if not file.is_file():
+        return None
+    try:
+        table = read_json(file)
+    except (OSError, ValueError) as error:
+        if own != ".":  # in the folder above, where nothing says that it is of this one
+            return None
+        raise PlaceError(f"{file} cannot be read: {type(error).__name__} {error}") from error
+    if not isinstance(table, Mapping) or len(table.keys() & _OF_RECORD) < 2:
+        return None
+    homes = table.get("saes")
+    is_other = own != "." and not (isinstance(homes, Mapping) and own in homes.values())
+    return None if is_other else table
 
 
 def unnamed(

@@ -17,7 +17,7 @@ from support.written import write_run, write_sweep
 
 import saekit
 from saekit.commands.pushing import _card
-from saekit.errors import ConfigError
+from saekit.errors import ConfigError, PlaceError
 from saekit.reports.folder import read_run
 from saekit.runs.from_memory import from_memory
 from saekit.testing import FakeBackend
@@ -116,7 +116,7 @@ def test_a_model_from_memory_is_asked_for(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=missing("model", tmp_path / "memm")):
         evaluated(tmp_path / "memm", dataset=DOCUMENTS, backend="fake")
     assert evaluated(tmp_path / "memm", dataset=DOCUMENTS, model=FakeBackend()).about["model"] == "fake"
-    record.write_text("{}")
+    record.write_text(json.dumps({"format": 1, "saes": {"memm": "."}}))
     with pytest.warns(RuntimeWarning, match=r"cannot be loaded: .*run.json cannot be read: KeyError 'in_memory'"):
         evaluated(tmp_path / "memm", dataset=DOCUMENTS)
 
@@ -162,3 +162,25 @@ def test_whose_record_says_it(tmp_path: Path) -> None:
     assert from_memory(sweep / "a") == ("dataset",)
     (sweep / "c").mkdir()
     assert from_memory(sweep / "c") == from_memory(tmp_path) == (), "not of that run"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"command": "python x.py"}', '{"format": "mine"}', "[1]", '{"saes": {}, "format": 2}']
+)
+def test_what_only_has_the_name_of_a_record_says_nothing(tmp_path: Path, text: str) -> None:
+    home = tmp_path / "mine" / "run"
+    home.mkdir(parents=True)
+    (tmp_path / "mine" / "run.json").write_text(text)
+    assert from_memory(home) == ()
+    if "saes" not in text:
+        (home / "run.json").write_text(text)
+        assert from_memory(home) == ()
+    else:  # a record without what came from memory
+        (tmp_path / "mine" / "run.json").write_text(text.replace("{}", '{"a": "run"}'))
+        with pytest.raises(PlaceError, match="mine/run.json cannot be read: KeyError 'in_memory'"):
+            from_memory(home)
+    (tmp_path / "mine" / "run.json").write_text("{")
+    assert from_memory(home) == ()
+    (home / "run.json").write_text("{")
+    with pytest.raises(PlaceError, match="run/run.json cannot be read: JSONDecodeError"):
+        from_memory(home)

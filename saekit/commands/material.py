@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -283,9 +284,16 @@ def _check_named(subject: Subject, kind: str, option: str) -> None:
     """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place."""
     if kind not in subject.unnamed:
         return
+    told = f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory"
+    name = subject.sae.info.metadata.get("model_name") if kind == "model" else None
+    if isinstance(name, str) and name not in ("", "custom"):  # many models go by one name
+        raise ConfigError(
+            [(kind, f"{told}; its files call it {name!r}: if it is that, give {kind}={name!r} (--{kind} "
+              f"{shlex.quote(name)}), or else {kind}=... from Python, or {option}")]
+        )  # fmt: skip
     raise ConfigError(
-        [(kind, f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory, which none of "
-          f"its files names. Give it: {kind}=... from Python, or {option} on the command line")]
+        [(kind, f"{told}, which none of its files names. Give it: {kind}=... from Python, or {option} on the command "
+          "line")]
     )  # fmt: skip
 
 

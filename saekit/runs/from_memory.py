@@ -62,24 +62,30 @@ def _record(file: Path, own: str) -> Mapping[str, Any] | None:
 
 
 def unnamed(
-    source: object, overrides: Iterable[str] = (), *, model: object | None = None, dataset: object | None = None
+    source: object,
+    overrides: Iterable[str] = (),
+    *,
+    model: object | None = None,
+    dataset: object | None = None,
+    kinds: Iterable[str] = IN_MEMORY,
 ) -> list[tuple[str, str]]:
     """Options of the ``config.toml`` of a run, each with why it is not what the run had: that came from memory.
 
-    Nothing of other sources, and of what is given anew: ``overrides`` (``section.option=value``), ``model``,
-    ``dataset``.
+    Nothing of other sources, of ``kinds`` that are not needed, and of what is given anew: ``overrides``
+    (``section.option=value``), ``model``, ``dataset``.
     """
     if not isinstance(source, (str, Path)) or as_path(source).name != _CONFIG:
         return []
     given: Mapping[str, Any] = {"model": model, "dataset": dataset}
     said = {override.partition("=")[0].strip() for override in overrides}
-    return [*_unnamed(as_path(source), {kind for kind in IN_MEMORY if given[kind] is not None}, said)]
+    needed = {kind for kind in kinds if given[kind] is None}
+    return [*_unnamed(as_path(source), needed, said)]
 
 
-def _unnamed(source: Path, given: set[str], said: set[str]) -> Iterator[tuple[str, str]]:
+def _unnamed(source: Path, needed: set[str], said: set[str]) -> Iterator[tuple[str, str]]:
     for kind in from_memory(source.parent):
         option = OPTIONS[kind]
-        if kind in given or not said.isdisjoint((kind, option)):
+        if kind not in needed or not said.isdisjoint((kind, option)):
             continue
         what = "a name or a folder" if kind == "model" else "a file or a name"
         yield (
@@ -90,8 +96,13 @@ def _unnamed(source: Path, given: set[str], said: set[str]) -> Iterator[tuple[st
 
 
 def check_config_names_all(
-    source: object, overrides: Iterable[str] = (), *, model: object | None = None, dataset: object | None = None
+    source: object,
+    overrides: Iterable[str] = (),
+    *,
+    model: object | None = None,
+    dataset: object | None = None,
+    kinds: Iterable[str] = IN_MEMORY,
 ) -> None:
     """:class:`ConfigError` for what :func:`unnamed` finds."""
-    if problems := unnamed(source, overrides, model=model, dataset=dataset):
+    if problems := unnamed(source, overrides, model=model, dataset=dataset, kinds=kinds):
         raise ConfigError(problems, str(source))

@@ -17,6 +17,8 @@ from support.written import write_run, write_sweep
 
 import saekit
 from saekit.commands.pushing import _card
+from saekit.commands.terminal.arguments import run_config as run_config_of
+from saekit.commands.terminal.arguments import run_configs
 from saekit.errors import ConfigError, PlaceError
 from saekit.reports.folder import read_run
 from saekit.runs.from_memory import from_memory
@@ -72,6 +74,11 @@ def compared(what: Any, **options: Any) -> Any:
 
 def missing(kind: str, run: Path) -> str:
     told = f"{kind}: is missing: the run in {run} was trained with a {kind} from memory"
+    if kind == "model":
+        told += (
+            "; its files call it 'fake': if it is that, give model='fake' (--model fake), or else model=... from Python"
+        )
+        return re.escape(told)
     return rf"{re.escape(told)}, which none of its files names. Give it: {kind}=\.\.\. from Python, or --{kind} "
 
 
@@ -142,6 +149,35 @@ def test_nor_by_a_command(tmp_path: Path, command: str) -> None:
     assert "dataset.path: is not what this run was trained with: its dataset came from memory" in found.stderr
     assert "dataset.path=... (a file or a name) after the configuration" in found.stderr
     assert "model.name: is not" not in found.stderr, "that is given"
+
+
+CACHED = ["activations.source.name=cached", "activations.source.folder=CACHE"]
+
+
+def test_only_what_is_read_is_asked_for(tmp_path: Path) -> None:
+    file = in_memory(write_run(tmp_path / "run"), "dataset", "model") / "config.toml"
+    model = ["model.name=gpt2"]
+    run_config_of(str(file), [*model, *CACHED, "evals.run=[]"])
+    run_configs(str(file), ["dataset.path=x"], ["model.name=gpt2,pythia-70m"])
+    run_configs(str(file), ["evals.run=[]", *model, *CACHED], ["training.lr=1e-3,2e-3"])
+    none = ["model.backend=none", "activations.source=toy", "evals.run=[]"]
+    run_config_of(str(file), none)
+    dataset, named = "dataset.path: is not what", "model.name: is not what"
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: run_config_of(str(file), [*model, *CACHED]), dataset),  # evals read it
+        (lambda: run_config_of(str(file), [*model, *CACHED, "evals.run=[]"], writes_cache=True), dataset),
+        (lambda: run_config_of(str(file), [*CACHED, "evals.run=[]"]), named),
+        (lambda: run_configs(str(file), ["dataset.path=x"], ["training.lr=1e-3,2e-3"]), named),
+    ]
+    for call, told in refused:
+        with pytest.raises(ConfigError, match=told):
+            call()
+    cached = [*model, *CACHED, "evals.run=[]"]
+    found = saekit.plan(file, overrides=cached, load=False)
+    assert found.problems
+    assert not any("from memory" in problem for problem in found.problems)
+    with pytest.raises(saekit.SaekitError, match="CACHE"):
+        saekit.train(file, cached)
 
 
 def in_memory(run: Path, *kinds: str) -> Path:

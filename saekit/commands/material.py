@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from saekit.status import Status
     from saekit.tokens import Mask
 
-__all__ = ["Group", "Material", "Text"]
+__all__ = ["Group", "Material", "Text", "check_text_known"]
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -94,8 +94,7 @@ class Material:
 
         if self.text.contexts is None and self.text.dataset is None:
             for subject in subjects.values():  # before a model is loaded
-                if subject.dataset is None:
-                    _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
+                check_text_known(subject)
         groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
             backend = self.model_of(subject)
@@ -278,6 +277,12 @@ class Material:
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         mask = about.get("mask_column") if own else None
         return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
+
+
+def check_text_known(subject: Subject) -> None:
+    """:class:`ConfigError` where the text of ``subject`` came from memory, and is no more there."""
+    if subject.dataset is None:
+        _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
 
 
 def _check_named(subject: Subject, kind: str, option: str) -> None:

@@ -22,7 +22,7 @@ from saekit.commands.terminal.arguments import run_configs
 from saekit.errors import ConfigError, PlaceError
 from saekit.reports.folder import read_run
 from saekit.runs.from_memory import from_memory
-from saekit.testing import FakeBackend
+from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 SITE = "blocks.0.hook_resid_post"
 pytestmark = [
@@ -51,7 +51,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saekit.train(config(folder, "mem"), plugins=manager(), dataset=DOCUMENTS)
     many = saekit.grid(config(folder, "many"), {"training.lr": [1e-3, 2e-3]}, plugins=manager())
     saekit.train(many, plugins=manager(), dataset=DOCUMENTS)
+    saekit.train(config(folder, "own"), plugins=taking(), dataset=DOCUMENTS, model=FakeBackend(OWN))
     return folder
+
+
+OWN = 5  # the seed of a model whose name is that of another
+
+
+def taking() -> saekit.PluginManager:
+    """Plugins of which the fake backend takes a model from memory, and loads another by the name."""
+    build = lambda config, *, loaded=None, **services: loaded or FakeBackend()  # noqa: E731
+    return isolated_manager(fake_plugin("model_backends", build=build), builtins=True)
 
 
 def evaluated(what: Any, **options: Any) -> Any:
@@ -72,6 +82,11 @@ def compared(what: Any, **options: Any) -> Any:
     return saekit.compare(both, plugins=manager(), n_contexts=4, n_bootstrap=2, verbose=False, **options)
 
 
+def looked_at(what: Any, **options: Any) -> Any:
+    how: dict[str, Any] = {"plugins": manager(), "tokens": 64, "features": [0, 1, 2], "verbose": False}
+    return saekit.top_texts(what, **(how | options))
+
+
 def missing(kind: str, run: Path) -> str:
     told = f"{kind}: is missing: the run in {run} was trained with a {kind} from memory"
     if kind == "model":
@@ -82,7 +97,7 @@ def missing(kind: str, run: Path) -> str:
     return rf"{re.escape(told)}, which none of its files names. Give it: {kind}=\.\.\. from Python, or --{kind} "
 
 
-@pytest.mark.parametrize("function", [evaluated, collected, paged, compared])
+@pytest.mark.parametrize("function", [evaluated, collected, paged, compared, looked_at])
 def test_a_text_from_memory_is_asked_for(runs: Path, function: Callable[[Any], Any]) -> None:
     with pytest.raises(ConfigError, match=missing("dataset", runs / "mem")):
         function(runs / "mem")
@@ -126,6 +141,45 @@ def test_a_model_from_memory_is_asked_for(runs: Path, tmp_path: Path) -> None:
     record.write_text(json.dumps({"format": 1, "saes": {"memm": "."}}))
     with pytest.warns(RuntimeWarning, match=r"cannot be loaded: .*run.json cannot be read: KeyError 'in_memory'"):
         evaluated(tmp_path / "memm", dataset=DOCUMENTS)
+
+
+def test_texts_are_of_the_model_that_the_run_had(runs: Path) -> None:
+    run = runs / "own"
+    for what in (run, run / "sae", saekit.SAE.load(run), [run]):
+        with pytest.raises(ConfigError, match=missing("model", run)):
+            looked_at(what, dataset=DOCUMENTS)
+        with pytest.raises(ConfigError, match=missing("dataset", run)):
+            looked_at(what, model=FakeBackend(OWN))
+    by_its_own, by_another = (repr(looked_at(run, model=FakeBackend(seed), dataset=DOCUMENTS)) for seed in (OWN, 0))
+    assert by_its_own != by_another
+    named = looked_at(run, model="fake", plugins=taking(), dataset=DOCUMENTS)
+    assert repr(named) == by_another, "where somebody says so"
+
+
+def test_texts_are_of_the_model_of_its_configuration(runs: Path) -> None:
+    asked: list[Any] = []
+
+    def build(config: Any, *, model: Any, **services: Any) -> Any:
+        asked.append(model)
+        return FakeBackend()
+
+    plugins = isolated_manager(fake_plugin("model_backends", build=build), builtins=True)
+    file = runs / "mem" / "config.toml"
+    before = file.read_text()
+    file.write_text(
+        before.replace('"saekit/tiny-python"', '"/models/mine"').replace("autocast = false", "autocast = true")
+    )
+    try:
+        looked_at(runs / "mem", plugins=plugins, dataset=DOCUMENTS)
+    finally:
+        file.write_text(before)
+    assert [(model.name, model.autocast) for model in asked] == [("/models/mine", True)]
+
+
+def test_a_result_in_a_list_keeps_its_model_and_text(tmp_path: Path) -> None:
+    own = config(tmp_path, "x")
+    result = saekit.train(own, plugins=taking(), dataset=DOCUMENTS, model=FakeBackend(OWN))
+    assert repr(looked_at([result])) == repr(looked_at(result)) == repr(looked_at({"x": result}))
 
 
 def test_its_configuration_is_not_trained_by(runs: Path) -> None:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.effects import effects_of
 from saekit.commands.features import check_features
-from saekit.commands.stores import store_of, which_of
+from saekit.commands.stores import named_of, store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.place import check_page, page_in, write_page
@@ -44,7 +44,7 @@ _MORE = 10**_DIGITS
 def dashboard(
     what: object,
     *,
-    features: Sequence[int] | Mapping[str, Sequence[int]] | str | None = None,
+    features: Iterable[int] | Mapping[str, Iterable[int]] | str | None = None,
     random: int | None = None,
     top_by: str | None = None,
     count: int | None = None,
@@ -82,8 +82,10 @@ def dashboard(
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard there is replaced; another file only with
     ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
-    choice, sae = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed), sae or which_of(what)
+    features = _listed(features)
+    choice = Choice(features=features, random=random, top_by=top_by, count=count, seed=seed)
     place = _checked(choice, loss_effects, (title, labels, sae), out, overwrite)
+    sae = named_of(what, sae)
     check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
@@ -101,6 +103,16 @@ def dashboard(
         _tell_ahead(effects, shown, look, say)
         write_page(place, page_html(page_data(store, shown, look, effects=effects, labels=known, title=title)))
     return place
+
+
+def _listed(features: Any) -> Any:
+    """``features`` with lists for sets, indices, tensors and whatever else gives numbers, perhaps only once."""
+    if isinstance(features, Mapping):
+        return {name: _listed(own) for name, own in features.items()}
+    if isinstance(features, (str, bytes)) or not isinstance(features, Iterable):
+        return features
+    found = features.tolist() if hasattr(features, "tolist") else list(features)
+    return found if isinstance(found, list) else [found]
 
 
 def _checked(

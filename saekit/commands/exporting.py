@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.commands.stores import is_store, store_beside, which_of
+from saekit.commands.stores import is_store, named_of, store_beside
 from saekit.errors import ConfigError, DataError
 from saekit.exports.naming import NeuronpediaName
 from saekit.exports.settings import SCHEMAS, Choice, Credits, Settings
@@ -74,7 +74,7 @@ def export_neuronpedia(
     asked = _asked(contributions, attribution, schema, model=model, weights=weights)
     name = None if neuronpedia_id is None else NeuronpediaName.of(neuronpedia_id)
     store = store_beside(features)
-    one = _one_sae(store, sae or which_of(features))
+    one = _one_sae(store, named_of(features, sae))
     settings = Settings(
         schema=schema,
         name=neuronpedia_name(one) if name is None else name,
@@ -144,7 +144,7 @@ def export_delphi(
     if isinstance(n_splits, bool) or not isinstance(n_splits, int) or n_splits < 1:
         raise ConfigError([("n_splits", f"must be a whole number of 1 or more, found {n_splits!r}")])
     store = store_beside(features)
-    one = _one_sae(store, sae or which_of(features))
+    one = _one_sae(store, named_of(features, sae))
     from saekit.backends.around import as_backend
     from saekit.exports.delphi import DelphiCache, module_path_of
     from saekit.exports.folder import exporting

@@ -85,8 +85,9 @@ def train(
     plugins = plugins or default_manager()
     alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
     configs = load_configs(sources, _listed(overrides), plugins=plugins, kind=TrainConfig)
-    for source in sources:
-        check_config_names_all(source, _listed(overrides), model=model, dataset=dataset)
+    for source, config in zip(sources, configs, strict=True):
+        kinds = preflight.kinds_read([config], plugins)
+        check_config_names_all(source, _listed(overrides), model=model, dataset=dataset, kinds=kinds)
     if not configs:
         raise ConfigError("there is no configuration to train: the list is empty")
     check_mesh(configs[0].distributed, Launched.here(os.environ))
@@ -190,7 +191,9 @@ def plan_after(
     plugins = plugins or default_manager()
     config = load_config(cfg, _listed(overrides), plugins=plugins)
     faults = preflight.of_training([config], plugins, model, dataset)
-    named = [f"{option}: {why}" for option, why in unnamed(cfg, _listed(overrides), model=model, dataset=dataset)]
+    kinds = preflight.kinds_read([config], plugins)
+    absent = unnamed(cfg, _listed(overrides), model=model, dataset=dataset, kinds=kinds)
+    named = [f"{option}: {why}" for option, why in absent]
     if faults.absent or named:
         texts = [*named, *faults.texts]
         return Plan({}, {}, texts, [], cannot_run(texts))

@@ -15,7 +15,7 @@ import attrs
 
 from saekit.commands import preflight
 from saekit.commands.beforehand import check_named
-from saekit.commands.subjects import the_one
+from saekit.commands.subjects import Subject, at_home, the_one
 from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
 from saekit.errors import ConfigError
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.runs.results import TrainResult
     from saekit.sae.module import SAEModule
-    from saekit.status import Status
 
 __all__ = ["backend_of", "corpus_of", "load_model", "top_texts"]
 
@@ -104,7 +103,7 @@ def top_texts(
     are found in about so many ``tokens``, in bounded memory; ``diverse`` shows no token twice while there are others.
 
     ``model`` is a name, a model that you have loaded, or what :func:`load_model` returned; left out, the one that the
-    SAE was trained on.  ``dataset`` is text in memory as for :func:`saekit.train`, or options as of ``dataset`` in a
+    SAE was trained on, with the options of its run.  ``dataset`` is text in memory as for :func:`saekit.train`, or options as of ``dataset`` in a
     configuration (``{"path": "owner/name"}``); left out, the training text.  ``site`` is where an SAE belongs that does
     not say so itself.  Of what :func:`saekit.train` returned, in place of an SAE, model and held-out text are used.
 
@@ -115,16 +114,22 @@ def top_texts(
     plugins, features = plugins or default_manager(), _numbers(features)
     check_named(sae)
     _check_counts(features, k=k, texts=texts, tokens=tokens)
+    from saekit.commands.material import Material, Text, check_text_known
+    from saekit.devices import resolve_device
     from saekit.progress import ProgressDisplay
     from saekit.splicing.fits import sites_of
     from saekit.status import Status
 
     with Status(verbose=verbose) as say:
-        result = cast("TrainResult", sae) if hasattr(sae, "corpus") else None
-        sae = the_one(sae, plugins, device="cpu").sae
+        result = _result_of(sae)
+        subject = _with_its_run(the_one(sae, plugins, device=resolve_device("auto", "device")), plugins)
+        sae = subject.sae
         _check_features(sae, features)
         wanted = sites_of(sae, site, "site")
-        backend = _backend(sae, model, result, plugins, say)
+        if dataset is None:
+            check_text_known(subject)
+            dataset = None if result is not None and result.held_out is not None else subject.dataset
+        backend = Material(plugins, Text(), model=model, say=say).model_of(subject)
         say("reading the text")
         sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, plugins)
     from saekit.analysis.top_texts import find_top_texts
@@ -172,22 +177,23 @@ def _check_counts(features: Any, **counts: int) -> None:
         raise ConfigError(problems, "the arguments of top_texts")
 
 
-def _backend(
-    sae: SAEModule, model: object | None, result: TrainResult | None, plugins: PluginManager, say: Status
-) -> ModelBackend:
-    """The model: the one that is given, that of the run, or the one that the SAE says it was trained on."""
-    if model is None and result is not None:
-        return result.backend
-    if MODEL_BACKENDS.is_met_by(model):
-        return model
-    if model is not None:
-        say(f"loading the model {model}" if isinstance(model, str) else "looking at the model")
-        return load_model(model, plugins=plugins)
-    from saekit.splicing.doubts import model_name_of
+def _result_of(sae: object) -> TrainResult | None:
+    """What :func:`saekit.train` returned, if ``sae`` is that, or the one of a list or a sweep."""
+    if hasattr(sae, "results") and hasattr(sae, "diverged"):  # a sweep's
+        sae = sae.results
+    several = [*sae.values()] if isinstance(sae, Mapping) else sae
+    if isinstance(several, Sequence) and not isinstance(several, str):
+        return _result_of(several[0]) if len(several) == 1 else None
+    return cast("TrainResult", sae) if hasattr(sae, "corpus") else None
 
-    name, about = model_name_of(sae), sae.info.metadata
-    say(f"loading the model {name}")
-    return load_model(name, backend=backend_of(about, about.get("model_class_name"), plugins), plugins=plugins)
+
+def _with_its_run(subject: Subject, plugins: PluginManager) -> Subject:
+    """``subject``, which of an SAE that was read from a run knows what that was given from memory.
+
+    Of such an object no more: it is what it says itself, which may have been changed since.
+    """
+    (home,) = at_home({subject.name: subject}, plugins).values()
+    return attrs.evolve(subject, unnamed=home.unnamed)
 
 
 def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:

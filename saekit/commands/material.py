@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -27,10 +28,11 @@ if TYPE_CHECKING:
     from saekit.config import ModelConfig
     from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
+    from saekit.splicing.doubts import Doubt
     from saekit.status import Status
     from saekit.tokens import Mask
 
-__all__ = ["Group", "Material", "Text"]
+__all__ = ["Group", "Material", "Text", "check_text_known"]
 
 
 @attrs.frozen(eq=False, kw_only=True)
@@ -92,8 +94,7 @@ class Material:
 
         if self.text.contexts is None and self.text.dataset is None:
             for subject in subjects.values():  # before a model is loaded
-                if subject.dataset is None:
-                    _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
+                check_text_known(subject)
         groups: dict[tuple[int, str], Group] = {}
         for name, subject in subjects.items():
             backend = self.model_of(subject)
@@ -109,7 +110,7 @@ class Material:
             size, number = contexts.shape[1], len(contexts)
             group.about[name] = {
                 **_of_model(backend), **facts, "context_size": size, "n_contexts": number, "sites": sites,
-                **({"unlike_training": unlike} if (unlike := doubts_of_place(subject.sae, backend, sites)) else {}),
+                **_unlike_training(doubts_of_place(subject.sae, backend, sites)),
             }  # fmt: skip
         yield from groups.values()
 
@@ -278,14 +279,36 @@ class Material:
         return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
 
 
+def check_text_known(subject: Subject) -> None:
+    """:class:`ConfigError` where the text of ``subject`` came from memory, and is no more there."""
+    if subject.dataset is None:
+        _check_named(subject, "dataset", "--dataset with a file or a name on the Hub")
+
+
 def _check_named(subject: Subject, kind: str, option: str) -> None:
     """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place."""
     if kind not in subject.unnamed:
         return
+    told = f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory"
+    name = subject.sae.info.metadata.get("model_name") if kind == "model" else None
+    if isinstance(name, str) and name not in ("", "custom"):  # many models go by one name
+        raise ConfigError(
+            [(kind, f"{told}; its files call it {name!r}: if it is that, give {kind}={name!r} (--{kind} "
+              f"{shlex.quote(name)}), or else {kind}=... from Python, or {option}")]
+        )  # fmt: skip
     raise ConfigError(
-        [(kind, f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory, which none of "
-          f"its files names. Give it: {kind}=... from Python, or {option} on the command line")]
+        [(kind, f"{told}, which none of its files names. Give it: {kind}=... from Python, or {option} on the command "
+          "line")]
     )  # fmt: skip
+
+
+def _unlike_training(doubts: Sequence[Doubt]) -> dict[str, list[str]]:
+    """What is surely not as in training, and what may not be."""
+    surely, perhaps = ([one.text for one in doubts if one.certain is certain] for certain in (True, False))
+    return {
+        **({"unlike_training": surely} if surely else {}),
+        **({"perhaps_unlike_training": perhaps} if perhaps else {}),
+    }
 
 
 def _of_model(backend: ModelBackend) -> dict[str, Any]:

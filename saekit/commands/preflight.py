@@ -30,12 +30,22 @@ from saekit.runs.checks import (
     check_without_model,
     chosen_evals,
     chosen_trackers,
+    has_model,
     start_files,
 )
 from saekit.runs.folder import check_run_folder
 from saekit.runs.sweep import check_together, member_names
 
-__all__ = ["Faults", "check_writable", "of_cache", "of_model", "of_pretokenize", "of_resume", "of_training"]
+__all__ = [
+    "Faults",
+    "check_writable",
+    "kinds_read",
+    "of_cache",
+    "of_model",
+    "of_pretokenize",
+    "of_resume",
+    "of_training",
+]
 
 Check: TypeAlias = Callable[[], object]
 
@@ -179,6 +189,16 @@ def _inputs(
 def _needs_text(config: TrainConfig, plugins: PluginManager) -> bool:
     source = plugins.find(ACTIVATION_SOURCES, config.activations.source)
     return source.entry.needs_text or config.evals.reads_text
+
+
+def kinds_read(configs: Iterable[TrainConfig], plugins: PluginManager) -> set[str]:
+    """What runs take from where their configurations name it, unless it is given: of ``model``, ``dataset``."""
+    listed = list(configs)
+    read = {
+        "model": any(has_model(config, plugins) for config in listed),
+        "dataset": any(_needs_text(config, plugins) for config in listed),
+    }
+    return {kind for kind, is_read in read.items() if is_read}
 
 
 def _text(config: TrainConfig | PretokenizeConfig, dataset: object | None) -> Iterator[Check]:

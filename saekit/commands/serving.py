@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.dashboards import check_fit, check_said, labels_of, names_of, sizes_of
 from saekit.commands.effects import effects_of
-from saekit.commands.stores import store_of, which_of
+from saekit.commands.stores import named_of, store_of
 from saekit.dashboards.effects import check_asked
 from saekit.dashboards.serving import HOST, PORT, address_of, check_serving, is_loopback, opened_port, serve
 from saekit.errors import ConfigError
@@ -65,7 +65,7 @@ def serve_dashboard(
         from saekit.status import Status
 
         look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-        sae = sae or which_of(what)
+        sae = named_of(what, sae)
         check = functools.partial(check_fit, sae=sae, features=None, labels=labels)
         store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=check)
         names = names_of([*store.saes], sae)

@@ -151,7 +151,7 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "dashboard", f"saekit dashboard {folder}{_given(run, *(['model'] if collected else IN_MEMORY))}"
     if run.sweep:
         if sum(bool(sae.saved) for sae in run.saes.values()) > 1:
-            yield "compare them", f"saekit compare {folder}"
+            yield "compare them", f"saekit compare {folder}{_given(run)}"
         if (found := _highest(run)) is not None:
             best, why = found
             yield "look at one", f"saekit show {_quoted(best.home)}  # {why}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit.commands.dashboards import names_of
 from saekit.commands.effects import effects_of
-from saekit.commands.stores import store_of, which_of
+from saekit.commands.stores import named_of, store_of
 from saekit.dashboards.effects import check_asked
 from saekit.errors import ConfigError
 from saekit.plugins.manager import PluginManager, default_manager
@@ -58,7 +58,7 @@ def show_feature(
                             "features=[3, 4]) shows several")])  # fmt: skip
     plugins = plugins or default_manager()
     look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
-    sae = sae or which_of(what)
+    sae = named_of(what, sae)
     store = store_of(
         what, folder, collecting, verbose=verbose, plugins=plugins, check=lambda sizes: _check_fits(sizes, sae, index)
     )

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from saekit.features.manifest import StoreManifest
     from saekit.features.store import FeatureStore
 
-__all__ = ["is_store", "store_beside", "store_given", "store_of", "which_of"]
+__all__ = ["is_store", "named_of", "store_beside", "store_given", "store_of", "which_of"]
 
 _NO_MATTER = {"device", "batch_size"}
 """Options of collecting that do not decide what is found."""
@@ -59,6 +59,16 @@ def which_of(what: object) -> str | None:
     from saekit.features.store import SAEFeatures
 
     return what.name if isinstance(what, SAEFeatures) else None
+
+
+def named_of(what: object, sae: str | None) -> str | None:
+    """The SAE that is meant of a store: ``sae``, or the one that ``what`` is; :class:`ConfigError` for two of them."""
+    own = which_of(what)
+    if None not in (own, sae) and own != sae:
+        raise ConfigError(
+            [("sae", f"is {short(sae)}, and what is given is {own!r} alone: leave sae out, or give the whole store")]
+        )
+    return own if sae is None else sae
 
 
 def store_beside(where: object) -> FeatureStore:
@@ -114,9 +124,14 @@ def store_of(
     if not decides and (found := _there(what, folder, plugins or default_manager())) is not None:
         return found
     if check is not None:
-        subjects = at_home(subjects_of(what, plugins or default_manager(), device="cpu"), plugins or default_manager())
-        check({name: one.sae.d_sae for name, one in subjects.items()})
+        check(_sizes_of(what, plugins or default_manager()))
     return collect_features(what, **options)
+
+
+def _sizes_of(what: object, plugins: PluginManager) -> dict[str, int]:
+    """How many features each SAE has, by name; the SAEs themselves are not kept while these are collected."""
+    subjects = at_home(subjects_of(what, plugins, device="cpu"), plugins)
+    return {name: one.sae.d_sae for name, one in subjects.items()}
 
 
 def _check_names(collecting: Mapping[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Self
 
 import attrs
@@ -42,7 +42,7 @@ def chosen_features(features: object, d_sae: int, name: str, option: str = "feat
     """
     if features is None or (isinstance(features, str) and features == "all"):
         return np.arange(d_sae)
-    if isinstance(features, (str, bytes)) or not isinstance(features, (Sequence, np.ndarray, range, Tensor)):
+    if isinstance(features, (str, bytes, Mapping, Iterator)) or not isinstance(features, Iterable):
         raise ConfigError([(option, f'must be numbers of features or "all", found {features!r}')])
     if isinstance(features, (np.ndarray, Tensor)):
         features = features.tolist() if features.ndim else [features.item()]

@@ -6,6 +6,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+import attrs
+
 from saekit.abilities import HasOtherNames, StatesProcessing
 from saekit.errors import ConfigError
 from saekit.plugins.building import origin_of
@@ -18,9 +20,18 @@ if TYPE_CHECKING:
 
     from saekit.sae.module import SAEModule
 
-__all__ = ["begin_with_bos", "doubt_of_bos", "doubts_of_fit", "doubts_of_place", "kind_of", "model_name_of"]
+__all__ = ["Doubt", "begin_with_bos", "doubt_of_bos", "doubts_of_fit", "doubts_of_place", "kind_of", "model_name_of"]
 
 _OLDER = "model_autocast"  # all SAEs that saekit has trained say it, and those of others do not
+
+
+@attrs.frozen
+class Doubt:
+    """That activations may not be those that an SAE has learned."""
+
+    text: str
+    certain: bool = True
+    """Whether they surely are others; else they may be the same."""
 
 
 def doubts_of_fit(
@@ -38,7 +49,7 @@ def doubts_of_fit(
     another BOS, or, unless a mask is there now (``masked``; None: none can be given), on tokens that one chose.
     """
     about, place = sae.info.metadata, _place(sae)
-    found = doubts_of_place(sae, backend, sites)
+    found = [one.text for one in doubts_of_place(sae, backend, sites)]
     if prepend_bos is not None and (said := doubt_of_bos(sae, prepend_bos)) is not None:
         found.append(said)
     if (column := about.get("mask_column")) and not masked:
@@ -49,13 +60,13 @@ def doubts_of_fit(
     return found
 
 
-def doubts_of_place(sae: SAEModule, backend: ModelBackend, sites: Sites | None = None) -> list[str]:
+def doubts_of_place(sae: SAEModule, backend: ModelBackend, sites: Sites | None = None) -> list[Doubt]:
     """Of these, those that are not of the tokens: there, activations are not those that ``sae`` has learned."""
     found = _of_model(sae, backend) or _of_sites(sae, backend, sites)
     return found + _of_processing(sae, backend, sites or sae.info.sites)
 
 
-def _of_model(sae: SAEModule, backend: ModelBackend) -> list[str]:
+def _of_model(sae: SAEModule, backend: ModelBackend) -> list[Doubt]:
     """That it was trained on another model, as names and weights say."""
     about = sae.info.metadata
     trained_on, weights = _named(about), about.get("model_fingerprint")
@@ -65,11 +76,12 @@ def _of_model(sae: SAEModule, backend: ModelBackend) -> list[str]:
         return []
     said = f"{_place(sae)} was trained on activations of {trained_on!r}, and this model is {backend.name!r}"
     if weights is None and (_is_path(trained_on) or _is_path(backend.name)):
-        return [f"{said}, which may be another name of it: if they are two models, features mean nothing here"]
-    return [f"{said}; of another model its features mean nothing"]
+        told = f"{said}, which may be another name of it: if they are two models, features mean nothing here"
+        return [Doubt(told, certain=False)]
+    return [Doubt(f"{said}; of another model its features mean nothing")]
 
 
-def _of_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[str]:
+def _of_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[Doubt]:
     """That it stands where the model holds something else than where it was trained."""
     own = sae.info.sites
     if own is None or sites is None or own == sites or not sae.info.metadata:  # of what was made, nothing was learned
@@ -83,10 +95,10 @@ def _of_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> lis
     if not moved:
         return []
     then_named, now_named = (" and ".join(names) for names in zip(*moved, strict=True))
-    return [
+    return [Doubt(
         f"an SAE that was trained at {then_named} is put at {now_named}, where {backend.name!r} holds something else; "
         "its features may mean nothing there: leave the site out, or take an SAE that was trained at this one"
-    ]
+    )]  # fmt: skip
 
 
 def doubt_of_bos(sae: SAEModule, begins: bool) -> str | None:
@@ -137,7 +149,7 @@ def _said(value: bool) -> str:
     return str(value).lower()
 
 
-def _of_processing(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[str]:
+def _of_processing(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[Doubt]:
     """That hooks hold something else than in training, since weights were folded or centered, and now are not."""
     if sites is None or not isinstance(backend, StatesProcessing):
         return []
@@ -157,14 +169,15 @@ def _of_processing(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -
     trained = "a model" if not isinstance(kind, str) else f"a model loaded as {kind}"
     this = f"this one, as {kind_of(backend)} has it, is with {_all_said(now)}"
     if _OLDER in about and "model_processing" not in about:
-        return [
+        told = (
             f"{_place(sae)} was trained on {trained}, by default with {_all_said(then)}; it is of an older saekit, and "
             f"does not say whether it was so. As {this}, {at} may hold something else than what it has learned"
-        ]
-    return [
+        )
+        return [Doubt(told, certain=False)]
+    return [Doubt(
         f"{_place(sae)} was trained on {trained}, with {_all_said(then)}, and {this}: {at} holds something else than "
         "what the SAE has learned. Load the model as in training: by the backend and with the options that it names"
-    ]
+    )]  # fmt: skip
 
 
 def kind_of(backend: ModelBackend) -> str:

@@ -17,10 +17,12 @@ from support.written import write_run, write_sweep
 
 import saekit
 from saekit.commands.pushing import _card
-from saekit.errors import ConfigError
+from saekit.commands.terminal.arguments import run_config as run_config_of
+from saekit.commands.terminal.arguments import run_configs
+from saekit.errors import ConfigError, PlaceError
 from saekit.reports.folder import read_run
 from saekit.runs.from_memory import from_memory
-from saekit.testing import FakeBackend
+from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 SITE = "blocks.0.hook_resid_post"
 pytestmark = [
@@ -49,7 +51,17 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     saekit.train(config(folder, "mem"), plugins=manager(), dataset=DOCUMENTS)
     many = saekit.grid(config(folder, "many"), {"training.lr": [1e-3, 2e-3]}, plugins=manager())
     saekit.train(many, plugins=manager(), dataset=DOCUMENTS)
+    saekit.train(config(folder, "own"), plugins=taking(), dataset=DOCUMENTS, model=FakeBackend(OWN))
     return folder
+
+
+OWN = 5  # the seed of a model whose name is that of another
+
+
+def taking() -> saekit.PluginManager:
+    """Plugins of which the fake backend takes a model from memory, and loads another by the name."""
+    build = lambda config, *, loaded=None, **services: loaded or FakeBackend()  # noqa: E731
+    return isolated_manager(fake_plugin("model_backends", build=build), builtins=True)
 
 
 def evaluated(what: Any, **options: Any) -> Any:
@@ -70,12 +82,22 @@ def compared(what: Any, **options: Any) -> Any:
     return saekit.compare(both, plugins=manager(), n_contexts=4, n_bootstrap=2, verbose=False, **options)
 
 
+def looked_at(what: Any, **options: Any) -> Any:
+    how: dict[str, Any] = {"plugins": manager(), "tokens": 64, "features": [0, 1, 2], "verbose": False}
+    return saekit.top_texts(what, **(how | options))
+
+
 def missing(kind: str, run: Path) -> str:
     told = f"{kind}: is missing: the run in {run} was trained with a {kind} from memory"
+    if kind == "model":
+        told += (
+            "; its files call it 'fake': if it is that, give model='fake' (--model fake), or else model=... from Python"
+        )
+        return re.escape(told)
     return rf"{re.escape(told)}, which none of its files names. Give it: {kind}=\.\.\. from Python, or --{kind} "
 
 
-@pytest.mark.parametrize("function", [evaluated, collected, paged, compared])
+@pytest.mark.parametrize("function", [evaluated, collected, paged, compared, looked_at])
 def test_a_text_from_memory_is_asked_for(runs: Path, function: Callable[[Any], Any]) -> None:
     with pytest.raises(ConfigError, match=missing("dataset", runs / "mem")):
         function(runs / "mem")
@@ -116,9 +138,48 @@ def test_a_model_from_memory_is_asked_for(runs: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=missing("model", tmp_path / "memm")):
         evaluated(tmp_path / "memm", dataset=DOCUMENTS, backend="fake")
     assert evaluated(tmp_path / "memm", dataset=DOCUMENTS, model=FakeBackend()).about["model"] == "fake"
-    record.write_text("{}")
+    record.write_text(json.dumps({"format": 1, "saes": {"memm": "."}}))
     with pytest.warns(RuntimeWarning, match=r"cannot be loaded: .*run.json cannot be read: KeyError 'in_memory'"):
         evaluated(tmp_path / "memm", dataset=DOCUMENTS)
+
+
+def test_texts_are_of_the_model_that_the_run_had(runs: Path) -> None:
+    run = runs / "own"
+    for what in (run, run / "sae", saekit.SAE.load(run), [run]):
+        with pytest.raises(ConfigError, match=missing("model", run)):
+            looked_at(what, dataset=DOCUMENTS)
+        with pytest.raises(ConfigError, match=missing("dataset", run)):
+            looked_at(what, model=FakeBackend(OWN))
+    by_its_own, by_another = (repr(looked_at(run, model=FakeBackend(seed), dataset=DOCUMENTS)) for seed in (OWN, 0))
+    assert by_its_own != by_another
+    named = looked_at(run, model="fake", plugins=taking(), dataset=DOCUMENTS)
+    assert repr(named) == by_another, "where somebody says so"
+
+
+def test_texts_are_of_the_model_of_its_configuration(runs: Path) -> None:
+    asked: list[Any] = []
+
+    def build(config: Any, *, model: Any, **services: Any) -> Any:
+        asked.append(model)
+        return FakeBackend()
+
+    plugins = isolated_manager(fake_plugin("model_backends", build=build), builtins=True)
+    file = runs / "mem" / "config.toml"
+    before = file.read_text()
+    file.write_text(
+        before.replace('"saekit/tiny-python"', '"/models/mine"').replace("autocast = false", "autocast = true")
+    )
+    try:
+        looked_at(runs / "mem", plugins=plugins, dataset=DOCUMENTS)
+    finally:
+        file.write_text(before)
+    assert [(model.name, model.autocast) for model in asked] == [("/models/mine", True)]
+
+
+def test_a_result_in_a_list_keeps_its_model_and_text(tmp_path: Path) -> None:
+    own = config(tmp_path, "x")
+    result = saekit.train(own, plugins=taking(), dataset=DOCUMENTS, model=FakeBackend(OWN))
+    assert repr(looked_at([result])) == repr(looked_at(result)) == repr(looked_at({"x": result}))
 
 
 def test_its_configuration_is_not_trained_by(runs: Path) -> None:
@@ -144,6 +205,35 @@ def test_nor_by_a_command(tmp_path: Path, command: str) -> None:
     assert "model.name: is not" not in found.stderr, "that is given"
 
 
+CACHED = ["activations.source.name=cached", "activations.source.folder=CACHE"]
+
+
+def test_only_what_is_read_is_asked_for(tmp_path: Path) -> None:
+    file = in_memory(write_run(tmp_path / "run"), "dataset", "model") / "config.toml"
+    model = ["model.name=gpt2"]
+    run_config_of(str(file), [*model, *CACHED, "evals.run=[]"])
+    run_configs(str(file), ["dataset.path=x"], ["model.name=gpt2,pythia-70m"])
+    run_configs(str(file), ["evals.run=[]", *model, *CACHED], ["training.lr=1e-3,2e-3"])
+    none = ["model.backend=none", "activations.source=toy", "evals.run=[]"]
+    run_config_of(str(file), none)
+    dataset, named = "dataset.path: is not what", "model.name: is not what"
+    refused: list[tuple[Callable[[], Any], str]] = [
+        (lambda: run_config_of(str(file), [*model, *CACHED]), dataset),  # evals read it
+        (lambda: run_config_of(str(file), [*model, *CACHED, "evals.run=[]"], writes_cache=True), dataset),
+        (lambda: run_config_of(str(file), [*CACHED, "evals.run=[]"]), named),
+        (lambda: run_configs(str(file), ["dataset.path=x"], ["training.lr=1e-3,2e-3"]), named),
+    ]
+    for call, told in refused:
+        with pytest.raises(ConfigError, match=told):
+            call()
+    cached = [*model, *CACHED, "evals.run=[]"]
+    found = saekit.plan(file, overrides=cached, load=False)
+    assert found.problems
+    assert not any("from memory" in problem for problem in found.problems)
+    with pytest.raises(saekit.SaekitError, match="CACHE"):
+        saekit.train(file, cached)
+
+
 def in_memory(run: Path, *kinds: str) -> Path:
     record = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps(record | {"in_memory": [*kinds]}))
@@ -162,3 +252,25 @@ def test_whose_record_says_it(tmp_path: Path) -> None:
     assert from_memory(sweep / "a") == ("dataset",)
     (sweep / "c").mkdir()
     assert from_memory(sweep / "c") == from_memory(tmp_path) == (), "not of that run"
+
+
+@pytest.mark.parametrize(
+    "text", ['{"command": "python x.py"}', '{"format": "mine"}', "[1]", '{"saes": {}, "format": 2}']
+)
+def test_what_only_has_the_name_of_a_record_says_nothing(tmp_path: Path, text: str) -> None:
+    home = tmp_path / "mine" / "run"
+    home.mkdir(parents=True)
+    (tmp_path / "mine" / "run.json").write_text(text)
+    assert from_memory(home) == ()
+    if "saes" not in text:
+        (home / "run.json").write_text(text)
+        assert from_memory(home) == ()
+    else:  # a record without what came from memory
+        (tmp_path / "mine" / "run.json").write_text(text.replace("{}", '{"a": "run"}'))
+        with pytest.raises(PlaceError, match="mine/run.json cannot be read: KeyError 'in_memory'"):
+            from_memory(home)
+    (tmp_path / "mine" / "run.json").write_text("{")
+    assert from_memory(home) == ()
+    (home / "run.json").write_text("{")
+    with pytest.raises(PlaceError, match="run/run.json cannot be read: JSONDecodeError"):
+        from_memory(home)

@@ -151,6 +151,9 @@ def test_a_sweep(tmp_path: Path) -> None:
     assert [path.partition(" (")[0] for path in rest(text, "pictures")] == [
         f"{folder}/summary.png", f"{folder}/summary.html"
     ]  # fmt: skip
+    assert (
+        rest(shown(given(folder, "dataset")), "next")[-2] == f"compare them   saekit compare {folder} --dataset DATASET"
+    )
     assert rest(text, "next")[-2:] == [
         f"compare them   saekit compare {folder}",
         f"look at one    saekit show {folder}/0_l1=1  # the highest CE recovered, 0.966, at an L0 of 124.8, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -75,6 +76,15 @@ def test_one_sae_of_a_store_stands_for_itself(tmp_path: Path) -> None:
     assert len(page) < len(both)
     folder = saekit.export_neuronpedia(store.saes["b"], neuronpedia_id="tiny/3-res-x", folder=tmp_path / "np", **QUIET)
     assert (folder / "batch-0.json").is_file()
+    calls: list[Callable[..., Any]] = [
+        saekit.dashboard, partial(saekit.serve_dashboard, port=0),
+        lambda one, **how: saekit.show_feature(one, 1, **how),
+        saekit.export_neuronpedia, saekit.export_delphi,
+    ]  # fmt: skip
+    for call in calls:
+        with pytest.raises(ConfigError, match="sae: is 'b', and what is given is 'a' alone: leave sae out"):
+            call(store.saes["a"], sae="b", **QUIET)
+    saekit.dashboard(store.saes["a"], sae="a", features=[1], out=tmp_path / "a.html", **QUIET)
 
 
 def test_an_export_takes_the_sae_beside_which_the_store_lies(saved: Path, tmp_path: Path) -> None:

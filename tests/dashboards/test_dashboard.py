@@ -48,6 +48,8 @@ def test_features_are_chosen_by_number_at_random_or_by_what_they_do(store: saeki
     assert shown(store, tmp_path, features=[5, 3, 5, 7]) == [5, 3, 7], "in the order given, those that never fire, too"
     assert shown(store, tmp_path, features="all") == [*range(16)]
     assert shown(store, tmp_path, features={"topk": [2]}) == [2]
+    assert shown(store, tmp_path, features={"topk": iter([2])}) == shown(store, tmp_path, features=iter([2])) == [2]
+    assert shown(store, tmp_path, features=torch.tensor([7, 2])) == [7, 2]
     some = shown(store, tmp_path, random=4)
     assert len(set(some)) == 4
     assert some == sorted(some) == shown(store, tmp_path, random=4) != shown(store, tmp_path, random=4, seed=1)

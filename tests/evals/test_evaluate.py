@@ -119,6 +119,12 @@ def test_numbers_of_another_place_are_not_kept_as_its_own(
     assert f"; at {SITE}" in shown
     with pytest.warns(UserWarning, match=other):
         assert evaluated(folder, model=FakeBackend(), save=False).file is None
+    about["saekit"]["metadata"] |= {"model_name": "/models/another", "model_fingerprint": None}
+    (folder / "cfg.json").write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match="which may be another name of it"):
+        perhaps = evaluated(folder, model=FakeBackend())
+    assert perhaps.file == file, "nobody knows that it is another"
+    assert "which may be another name of it" in json.loads(file.read_text())["about"]["perhaps_unlike_training"][0]
 
 
 def test_held_out_documents_are_not_those_of_training(runs: Path) -> None:

@@ -170,14 +170,22 @@ def test_neighbors_are_features_of_the_sae(tmp_path: Path) -> None:
     assert (store.feature(3).neighbors(), store.feature(3).alignment()) == ([], [])
 
 
-@pytest.mark.parametrize("features", [np.array([[1, 2]]), torch.tensor([1.5]), [True], "1,2"])
+@pytest.mark.parametrize("features", [np.array([[1, 2]]), torch.tensor([1.5]), [True], "1,2", {1: 2}, iter([1]), 3])
 def test_what_are_no_numbers_of_features_is_refused(features: Any) -> None:
     with pytest.raises(ConfigError, match="features: must be numbers"):
         chosen_features(features, 8, "one")
 
 
 @pytest.mark.parametrize(
-    "features", [np.array([3, 1]), torch.tensor([1, 3]), [torch.tensor(1), np.int32(3)], (1, 3, 3)]
+    "features",
+    [
+        np.array([3, 1]),
+        torch.tensor([1, 3]),
+        [torch.tensor(1), np.int32(3)],
+        (1, 3, 3),
+        {3, 1},
+        dict.fromkeys((1, 3)).keys(),
+    ],
 )
 def test_numbers_of_features_are_of_any_kind(features: Any) -> None:
     assert chosen_features(features, 8, "one").tolist() == [1, 3]

@@ -12,7 +12,16 @@ import typer
 if TYPE_CHECKING:
     from saekit.config import TrainConfig
 
-__all__ = ["ConfigFile", "MaybeConfigFile", "Overrides", "completed", "examples", "run_config", "source_of"]
+__all__ = [
+    "ConfigFile",
+    "MaybeConfigFile",
+    "Overrides",
+    "completed",
+    "examples",
+    "run_config",
+    "run_configs",
+    "source_of",
+]
 
 
 def completed(what: str, ctx: typer.Context, incomplete: str) -> list[str]:
@@ -55,11 +64,36 @@ def source_of(config: str, overrides: list[str] | None) -> tuple[Any, list[str]]
     return ({}, [config, *given]) if no_file else (config, given)
 
 
-def run_config(source: Any, overrides: list[str]) -> TrainConfig:
-    """What :func:`source_of` gives, as the configuration of a run that takes nothing from memory."""
+def run_config(source: Any, overrides: list[str], *, writes_cache: bool = False) -> TrainConfig:
+    """What :func:`source_of` gives, as the configuration of a run that takes nothing from memory.
+
+    One that ``writes_cache`` reads its text, whatever trains on it.
+    """
     from saekit.config.files import load_config
     from saekit.runs.from_memory import check_config_names_all
 
     checked = load_config(source, overrides)
-    check_config_names_all(source, overrides)
+    if writes_cache:
+        check_config_names_all(source, overrides)
+    else:
+        _check_names_all(source, overrides, [checked])
     return checked
+
+
+def run_configs(source: Any, overrides: list[str], axes: list[str]) -> list[TrainConfig]:
+    """Likewise those of a grid with these ``axes`` (``section.option=value,value``)."""
+    from saekit.config.files import load_config, parse_grid
+    from saekit.runs.sweep import grid
+
+    configs = grid(load_config(source, overrides), parse_grid(axes))
+    _check_names_all(source, [*overrides, *axes], configs)
+    return configs
+
+
+def _check_names_all(source: Any, given: list[str], configs: list[TrainConfig]) -> None:
+    """:class:`ConfigError` where ``source`` does not name what its runs read, and ``given`` does not, either."""
+    from saekit.commands.preflight import kinds_read
+    from saekit.plugins.manager import default_manager
+    from saekit.runs.from_memory import check_config_names_all
+
+    check_config_names_all(source, given, kinds=kinds_read(configs, default_manager()))

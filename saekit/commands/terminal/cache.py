@@ -52,7 +52,7 @@ def write(
     from saekit.commands import jobs
     from saekit.distributed.launched import Launched
 
-    checked = run_config(*source_of(config, overrides))
+    checked = run_config(*source_of(config, overrides), writes_cache=True)
     folder = checked.activations.cache.folder
     with interruptible("interrupted; finished shards are kept, and the same command goes on after them"):
         manifest = jobs.cache_activations(checked)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, run_config, source_of
+from saekit.commands.terminal.arguments import MaybeConfigFile, Overrides, run_config, run_configs, source_of
 from saekit.commands.terminal.ending import complain, interruptible
 from saekit.errors import ConfigError
 
@@ -58,14 +58,8 @@ def train(
 
         check_is_run(as_path(run))  # before anything is imported that is for runs
     source, given = ({}, []) if config is None else source_of(config, overrides)
-    from saekit.config.files import parse_grid
-
-    if run is None:
-        wanted: Any = run_config(source, given)  # before torch is imported, so that mistakes show at once
-    if axes:
-        from saekit.runs.sweep import grid
-
-        wanted = grid(wanted, parse_grid(axes))
+    if run is None:  # before torch is imported, so that mistakes show at once
+        wanted: Any = run_configs(source, given, axes) if axes else run_config(source, given)
     from saekit.commands import jobs
     from saekit.distributed.launched import Launched
 

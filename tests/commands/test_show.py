@@ -228,9 +228,9 @@ def test_one_file_of_weights_and_what_is_damaged(tmp_path: Path) -> None:
 
 def test_a_mistyped_folder_is_not_looked_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor is what lies deep below it taken for what it is."""
-    good(FORMS["dictionary_learning"], tmp_path / "deep/a/b/c/d")
-    (tmp_path / "deep/.cache/1/2/3/4/5/6").mkdir(parents=True)
-    text = shown(tmp_path / "deep")
+    good(FORMS["dictionary_learning"], tmp_path / "above/deep/a/b/c/d")
+    (tmp_path / "above/deep/.cache/1/2/3/4/5/6").mkdir(parents=True)
+    text = shown(tmp_path / "above/deep")
     assert "format         saekit:dictionary_learning: " in text, "as deep as formats are"
     assert "files          a/b/c/d/ae.pt, a/b/c/d/config.json" in text
     many = tmp_path / "many/.git"
@@ -238,7 +238,7 @@ def test_a_mistyped_folder_is_not_looked_through(tmp_path: Path, monkeypatch: py
     for number in range(2000):
         (many / str(number)).touch()
     monkeypatch.setattr(SAEFiles, "at", None)  # nothing is read
-    for place in (tmp_path, tmp_path / "many"):
+    for place in (tmp_path / "above", tmp_path / "many"):
         with pytest.raises(PlaceError, match="nor are there folders of runs; .* give its own folder: below this one"):
             shown(place)
 

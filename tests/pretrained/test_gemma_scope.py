@@ -43,7 +43,7 @@ def test_the_embedding_is_read_unscaled(tmp_path: Path) -> None:
 )
 def test_the_repository_says_the_hook(tmp_path: Path, kind: str, hook: str) -> None:
     for repo, loader in ((f"google/gemma-scope-9b-it-{kind}", None), ("x", f"google/gemma-scope-9b-it-{kind}")):
-        folder = copied("gemma_scope_2_npz", tmp_path / kind, repo) / repo
+        folder = copied("gemma_scope_2_npz", tmp_path / "gemma-scope-2b-pt-transcoders" / kind, repo) / repo
         sae = SAE.load(folder, loader=loader and {"name": "gemma_2", "repo": loader})
         assert sae.info.site == Site(hook_name=f"blocks.7.{hook}")
         assert sae.info.metadata["model_name"] == "gemma-2-9b-it"
@@ -130,7 +130,7 @@ def test_gemma_3_without_its_path(tmp_path: Path) -> None:
 
 
 def test_gemma_3_without_its_config(tmp_path: Path) -> None:
-    folder = copied("gemma_scope_3", tmp_path, "google/gemma-scope-2-270m-it")
+    folder = copied("gemma_scope_3", tmp_path, "gemma-scope-2-1b-pt/google/gemma-scope-2-270m-it")
     (config,) = folder.rglob("config.json")
     config.unlink()
     sae = SAE.load(folder)

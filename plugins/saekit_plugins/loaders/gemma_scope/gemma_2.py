@@ -55,7 +55,8 @@ class Gemma2Loader:
     """How sure it is where the path says no kind: most of this layout are SAEs."""
 
     def _said(self, path: str) -> re.Match[str] | None:
-        return _REPOSITORY.search(path if self._repo is None else f"/{self._repo}/")
+        found = [*_REPOSITORY.finditer(path if self._repo is None else f"/{self._repo}/")]
+        return found[-1] if found else None  # the nearest
 
     def load(self, files: SAEFiles) -> PretrainedSAE:
         name = one_file(files, _PATTERN, self._sae, self._loader)

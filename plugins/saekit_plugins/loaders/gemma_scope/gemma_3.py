@@ -30,7 +30,7 @@ __all__ = ["Gemma3Loader"]
 
 _KIND = re.compile(r"(?:^|.*/)(resid_post|attn_out|mlp_out|transcoder|clt)(?:_all)?/", re.DOTALL)  # the nearest
 _LAYER = re.compile(r".*layer_(\d+)", re.DOTALL)
-_REPOSITORY = re.compile(r"gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)(?=/|$)")
+_REPOSITORY = re.compile(r".*gemma-scope-2-(270m|1b|4b|12b|27b)-(pt|it)(?=/|$)", re.DOTALL)
 _PATTERN = r"params\.safetensors|(?:.*/)?clt[^/]*/(?:[^/]+/)*[^/]*layer_\d+[^/]*\.safetensors"
 _HOOKS = {"resid_post": "hook_resid_post", "attn_out": "attn.hook_z", "mlp_out": "hook_mlp_out"}
 _TRANSCODERS = ("transcoder", "clt")

@@ -103,9 +103,10 @@ def top_texts(
     are found in about so many ``tokens``, in bounded memory; ``diverse`` shows no token twice while there are others.
 
     ``model`` is a name, a model that you have loaded, or what :func:`load_model` returned; left out, the one that the
-    SAE was trained on, with the options of its run.  ``dataset`` is text in memory as for :func:`saekit.train`, or options as of ``dataset`` in a
-    configuration (``{"path": "owner/name"}``); left out, the training text.  ``site`` is where an SAE belongs that does
-    not say so itself.  Of what :func:`saekit.train` returned, in place of an SAE, model and held-out text are used.
+    SAE was trained on, with the options of its run.  ``dataset`` is text in memory as for :func:`saekit.train`, or
+    options as of ``dataset`` in a configuration (``{"path": "owner/name"}``); left out, the training text.  ``site`` is
+    where an SAE belongs that does not say so itself.  Of what :func:`saekit.train` returned, in place of an
+    SAE, model and held-out text are used.
 
     What is returned shows itself in prompts and notebooks; its items have ``feature``, ``frequency``, ``examples``
     (each with ``tokens`` and ``activations``), ``promotes`` and ``suppresses``, which are None where the SAE does not

@@ -46,11 +46,11 @@ from .commands.jobs import pretokenize as pretokenize
 from .commands.jobs import resume as resume
 from .commands.jobs import train as train
 from .commands.looking import load_model as load_model
-from .commands.looking import top_texts as top_texts
 from .commands.pushing import push_to_hub as push_to_hub
 from .commands.serving import serve_dashboard as serve_dashboard
 from .commands.showing import show_feature as show_feature
 from .commands.splicing import splice as splice
+from .commands.top_texts import top_texts as top_texts
 from .config import PretokenizeConfig as PretokenizeConfig
 from .config import SAEConfig as SAEConfig
 from .config import TrainConfig as TrainConfig

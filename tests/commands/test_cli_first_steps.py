@@ -232,7 +232,10 @@ def test_the_names_of_saekit_are_the_public_ones() -> None:
     names = dir(saekit)
     assert {"train", "load_model", "top_texts", "SAE"} <= set(names)
     assert [name for name in names if name.startswith("_")] == ["__version__"]
-    assert not [name for name in names if type(getattr(saekit, name)).__name__ == "module"]
+    modules = {name: found.__name__ for name in names if type(found := getattr(saekit, name)).__name__ == "module"}
+    assert modules == {name: f"saekit.{name}" for name in modules}, "its own packages alone"
+    assert {"pretrained", "toy"} <= modules.keys()
+    assert not modules.keys() & {"commands", "cli", "garbage"}
 
 
 def test_a_configuration_is_shown_by_what_is_changed() -> None:

@@ -51,6 +51,7 @@ def pytest_collection() -> Iterator[None]:
 
 _OF_SHORT_RUNS = (
     "ignore:.*wrong site, scale or model:RuntimeWarning",  # what runs of a few steps may well be asked
+    "ignore:.*on held-out text .* features of the SAE at .* are active on a token:RuntimeWarning",
     "ignore:.*the model's own loss is .*hardly better than guessing",  # as random models do
 )
 _NOT_OF_RUNS = {"analysis", "config", "evals", "plugins", "splicing", "testing"}

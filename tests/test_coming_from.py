@@ -57,6 +57,8 @@ def is_there(name: str) -> bool:
         return all(argument in inspect.signature(thing).parameters for argument in arguments)  # type: ignore[arg-type]
     if about := re.match(r"sae\.info\.(\w+)", name):
         return hasattr(saekit.SAEInfo, about[1])
+    if about := re.match(r"sae\.sites?(?:\.(\w+))?$", name):
+        return about[1] is None or about[1] in saekit.Site.__annotations__
     if name == "sae.use_error_term" or re.match(r"sae(\.\w+)?\(", name):
         words = re.findall(r"\w+", name)
         return words[1] == "use_error_term" or hasattr(saekit.SAE, words[1])

@@ -337,7 +337,7 @@ class Feature:
 
     def _strongest(self, found: list[_T], n: int | None) -> list[_T]:
         """The first ``n``, with a warning where the store keeps fewer."""
-        kept = int(self.sae.store.manifest.options["partners"])
+        kept = int(self.sae.store.manifest.options.get("partners", 0))
         if n is not None and first(n) is not None and n > kept == len(found):
             told = f"the store keeps the {kept:,} strongest of each feature, and {n:,} are asked for: "
             warn(f"{told}saekit.collect_features(..., partners={n}) keeps more")

@@ -317,7 +317,7 @@ def test_activations_go_from_a_cpu_to_a_buffer_without_waiting(held: Any) -> Non
     stream = object.__new__(ActivationStream)
     stream._device, stream._dtype = "meta", None if held == "as they are" else held
     with Watch() as watch:
-        kept = stream._kept(torch.ones(5, 3))
+        kept = stream._kept(torch.ones(5, 3), own=True)
     assert (kept.device.type, kept.dtype, watch.sent) == ("meta", stream._dtype or torch.float32, 1)
 
 
@@ -329,4 +329,4 @@ def test_a_forward_on_a_device_waits_where_it_is_rounded_to_float16_alone() -> N
         stream._dtype = held
         waits = (held, made) == (torch.float16, torch.float32)
         with Watch(), pytest.raises(WouldWaitError) if waits else nullcontext():
-            stream._kept(torch.ones(5, 3, dtype=made, device="meta"))
+            stream._kept(torch.ones(5, 3, dtype=made, device="meta"), own=True)

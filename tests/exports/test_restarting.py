@@ -44,11 +44,11 @@ def test_only_what_is_missing_or_damaged_is_written_again(export: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "line"),
     [
-        ({"batch_size": 7}, "options.batch_size: there 6, wanted 7"),
+        ({"batch_size": 7}, "batch_size: there 6, wanted 7"),
         ({"neuronpedia_id": "tiny/3-res-y"}, 'neuronpedia_id: there "tiny/3-res-x", wanted "tiny/3-res-y"'),
-        ({"schema": "sae_lens_3"}, 'options.schema: there "saedashboard", wanted "sae_lens_3"'),
-        ({"top": 3}, "options.choice.top: there 20, wanted 3"),
-        ({"numbers": [1, 2]}, r"options.features: there none, wanted [1, 2]"),
+        ({"schema": "sae_lens_3"}, 'schema: there "saedashboard", wanted "sae_lens_3"'),
+        ({"top": 3}, "top of options choice: there 20, wanted 3"),
+        ({"numbers": [1, 2]}, r"features: there none, wanted [1, 2]"),
     ],
 )
 def test_a_batch_of_another_export_is_not_taken_for_this_one(export: Any, change: Any, line: str) -> None:
@@ -64,7 +64,7 @@ def test_a_batch_of_another_export_is_not_taken_for_this_one(export: Any, change
 def test_the_features_of_another_sae_are_another_export(export: Any, tmp_path: Path) -> None:
     home = export()
     other = small_store(tmp_path / "other", small_sae(neuronpedia_id="tiny/3-res-x").to(dtype=_double()))
-    with pytest.raises(DataError, match=r"SAE\.checksum: there .*, wanted"):
+    with pytest.raises(DataError, match=r"the weights \(a checksum\) of SAE: there .*, wanted"):
         export(other)
     export(other, overwrite=True)
     assert len(batches(home)) == 1

@@ -42,7 +42,7 @@ def address(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFa
 ASKED: dict[str, tuple[type[SaekitError], Callable[[], object]]] = {
     "an SAE": (SAEFormatError, lambda: saekit.SAE.from_hub("nobody/sae")),
     "a dataset": (DataError, lambda: Documents.open(DatasetConfig(path="nobody/texts"))),
-    "a tokenizer": (ModelError, lambda: _named_tokenizer("nobody/tokenizer")),
+    "a tokenizer": (ModelError, lambda: _named_tokenizer("nobody/tokenizer", saekit.default_manager())),
 }
 
 

@@ -90,6 +90,13 @@ def test_every_layout_becomes_that_of_the_module() -> None:
             assert torch.equal(getattr(sae, name), value), name
 
 
+@pytest.fixture
+def mappings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that a test makes alone: what others' fixtures keep is not asked about."""
+    monkeypatch.setattr(mapped, "_mappings", ())
+
+
+@pytest.mark.usefixtures("mappings")
 def test_the_file_may_be_written_to_or_cut_off(tmp_path: Path) -> None:
     """Nothing of an SAE that is loaded is the file's memory: a file that is cut off would end the process."""
     folder = random_sae(CONFIGS["standard"]).save(tmp_path / "sae")
@@ -103,6 +110,7 @@ def test_the_file_may_be_written_to_or_cut_off(tmp_path: Path) -> None:
     assert all(memory() is None for *_, memory in mapped._mappings), "nothing keeps the file open"
 
 
+@pytest.mark.usefixtures("mappings")
 def test_files_end_while_others_are_looked_for(tmp_path: Path) -> None:
     """The collection of garbage ends the mapping of one file between any two steps of another's reader."""
     save_file({"a": torch.ones(3, 1024)}, tmp_path / "file.safetensors")

@@ -145,7 +145,7 @@ CASES = cases(
             lambda config, run: one_site,
         ),
         "several_sites": (
-            r"the SAE takes \[..., 12\] .*; found \[6, 16, 8\]",
+            r"d_in is 12: .* side by side, as sae.ports.join_input.*; found \[6, 16, 8\]",
             lambda config, run: first_sites,
         ),
         "merge_in_any_order": ("parts in another order, norm: found", lambda config, run: FirstCounts()),

@@ -141,7 +141,7 @@ def test_commands_of_a_checkout_name_what_is_there(page: Path) -> None:
             elif "pytest" in words:
                 assert all((page.parent / word).exists() for word in words if word.startswith("tests/")), line
             else:
-                assert words[0] in ("saekit", "git", "cd", "hf", "python3", "python", "."), line
+                assert words[0] in ("saekit", "git", "cd", "python3", "python", "."), line
 
 
 def test_the_strictness_example_is_what_is_printed() -> None:

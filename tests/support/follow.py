@@ -202,6 +202,9 @@ def watch(results: Path) -> None:
     started, found = time.monotonic(), list[dict[str, Any]]()
     import saekit
 
+    # Pages train on fewer tokens here, after which thresholds may not have settled.
+    warnings.filterwarnings("ignore", "(.*: )?on held-out text .* are active on a token", RuntimeWarning)
+
     def watched(train: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arguments: Any, **named: Any) -> Any:
             wall, processor = time.monotonic(), time.process_time()

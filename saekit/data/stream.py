@@ -165,7 +165,7 @@ def kept_of(choice: TokenChoice, contexts: Contexts) -> Tensor:
 def probe(backend: ModelBackend, sites: Sequence[Site]) -> dict[Site, tuple[int, torch.dtype]]:
     """``d_in`` and dtype at each site, by one forward; :class:`ConfigError` for a hook without a vector per token."""
     tokens = torch.zeros(PROBED, dtype=torch.long)
-    held = backend.run(tokens, read={site.hook_name for site in sites}).held
+    held = backend.run(tokens, read={site.hook_name for site in sites}).held if sites else {}
     found = {}
     for site in sites:
         values = held[site.hook_name]

@@ -328,9 +328,8 @@ class _Planner:
         if made is None:
             raise ModelError(f"the backend {chosen.key!r} cannot tell the sizes of a model before it is loaded")
         sites = [site for site in self.config.sites.all if site.hook_name in made.hook_names()]
-        if sites:
-            with blamed(chosen.item, "a forward of its outline"):  # of some models, shapes depend on numbers
-                probe(made, sites)
+        with blamed(chosen.item, "a forward of its outline"):  # of some models, shapes depend on numbers
+            probe(made, sites)
         return made
 
     def count(self, corpus: Corpus, *, told: bool) -> None:

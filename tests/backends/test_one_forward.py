@@ -207,7 +207,7 @@ def test_one_hook_a_hook_that_is_none_and_a_text_for_tokens() -> None:
         backend.run(TOKENS, read=["embedd"])
     for tokens in ("a text", [1, 2]):
         with pytest.raises(
-            ModelError, match=r"as a tensor \[batch, position\], found .*; those of a text are torch.tens"
+            ModelError, match=r"as a tensor \[batch, position\], found .*; those of a text are model.to_tok"
         ):
             backend.run(tokens, read=["embed"])  # type: ignore[arg-type]
 

@@ -28,7 +28,7 @@ ODD: dict[str, tuple[Any, str]] = {
     "a text": ("import os", r"found 'import os'; those of a text are model.to_tokens\(text\)"),
     "no token": (TOKENS[:, :0], r"no token in contexts of the shape \[2, 0\]"),
     "below 0": (TOKENS.index_put((torch.tensor(1), torch.tensor(3)), torch.tensor(-1)),
-                r"the token id -1 at \[1, 3\] is whose ids are 0 to [\d,]+; those of a text are model.to_tok"),
+                r"id -1 at \[1, 3\] is none of .*, whose ids are 0 to [\d,]+; those of a text are model.to_tokens"),
     "beyond": (TOKENS.index_put((torch.tensor(0), torch.tensor(2)), torch.tensor(50_000)),
                r"the token id 50000 at \[0, 2\] is none of the model"),
 }  # fmt: skip

@@ -114,6 +114,7 @@ def test_the_kernel_never_imports_a_plugin() -> None:
 PUBLIC_MODULES = [
     "abilities",
     "backends",
+    "cautions",
     "config",
     "converted",
     "data",

@@ -242,7 +242,7 @@ def refusals(subject: Subject) -> None:
         "a token below 0": tried.tokens - tried.tokens.max() - 1,
         "a token beyond the vocabulary": tried.tokens + tried.backend.d_vocab,
     }
-    if (most := tried.backend.n_ctx) is not None:
+    if (most := tried.backend.n_ctx) is not None and not getattr(tried.backend, "runs_beyond_n_ctx", False):
         odd["a context that is too long"] = tried.tokens[:1, :1].expand(1, most + 1)
     given = [(what, tried.tokens, how) for what, how in cases.items()]
     for what, tokens, how in [*given, *((what, tokens, {"want": "loss"}) for what, tokens in odd.items())]:

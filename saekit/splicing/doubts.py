@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Doubt", "begin_with_bos", "doubt_of_bos", "doubts_of_fit", "doubts_of_place", "kind_of", "model_name_of"]
 
 _OLDER = "model_autocast"  # all SAEs that saekit has trained say it, and those of others do not
+_ROUNDED = 0.01  # the numbers of a fingerprint differ by less where weights are rounded to bfloat16
 
 
 @attrs.frozen
@@ -71,7 +72,7 @@ def _of_model(sae: SAEModule, backend: ModelBackend) -> list[Doubt]:
     about = sae.info.metadata
     trained_on, weights = _named(about), about.get("model_fingerprint")
     if trained_on is None or _are_same(trained_on, backend):
-        return []
+        return _of_weights(sae, backend)
     if isinstance(weights, str) and weights == backend.fingerprint():
         return []
     said = f"{_place(sae)} was trained on activations of {trained_on!r}, and this model is {backend.name!r}"
@@ -79,6 +80,34 @@ def _of_model(sae: SAEModule, backend: ModelBackend) -> list[Doubt]:
         told = f"{said}, which may be another name of it: if they are two models, features mean nothing here"
         return [Doubt(told, certain=False)]
     return [Doubt(f"{said}; of another model its features mean nothing")]
+
+
+def _of_weights(sae: SAEModule, backend: ModelBackend) -> list[Doubt]:
+    """That a model of this name, loaded in this way, had other weights in training: one was trained further."""
+    about = sae.info.metadata
+    processing = dict(backend.processing()) if isinstance(backend, StatesProcessing) else None
+    loaded_alike = about.get("model_class_name") == kind_of(backend) and about.get("model_processing") == processing
+    if not loaded_alike or not _differ(about.get("model_fingerprint"), backend.fingerprint()):
+        return []
+    name = _named(about)
+    trained_on = "a model" if name is None else repr(name)
+    return [Doubt(
+        f"{_place(sae)} was trained on {trained_on} with other weights than those of this model, {backend.name!r}: one "
+        "of the two was trained further, is another version, or is arranged otherwise by another version of its "
+        "library; its features may mean something else here. Give the model that it was trained on",
+        certain=False,
+    )]  # fmt: skip
+
+
+def _differ(then: object, now: str | None) -> bool:
+    """Whether two fingerprints are of different weights; what cannot be read as numbers tells nothing."""
+    if not isinstance(then, str) or now is None or then == now:
+        return False
+    try:
+        pairs = zip(map(float, then.split()), map(float, now.split()), strict=True)
+        return any(abs(one - other) > _ROUNDED for one, other in pairs)
+    except ValueError:  # a plugin's own, or of another number of weights
+        return False
 
 
 def _of_sites(sae: SAEModule, backend: ModelBackend, sites: Sites | None) -> list[Doubt]:

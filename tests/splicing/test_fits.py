@@ -310,6 +310,28 @@ def test_a_folder_may_be_another_name_of_the_model() -> None:
     assert said.endswith("of another model its features mean nothing")
 
 
+def test_a_model_of_the_same_name_that_was_trained_further_is_another() -> None:
+    def loaded(change: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
+        model = hooked_transformer().to(dtype)
+        with torch.no_grad():
+            for values in model.parameters():
+                values += change * values.std().nan_to_num(0) * torch.randn_like(values)
+        return saekit.load_model(model)
+
+    before = loaded()
+    about = {"model_class_name": "HookedTransformer", "model_fingerprint": before.fingerprint()}
+    about |= {"model_processing": dict(before.processing())}
+    for name in ("custom", "gpt2"):
+        sae = sae_at(d_in=16, model_name=name, **about)
+        assert doubts_of_fit(sae, before) == doubts_of_fit(sae, loaded(dtype=torch.bfloat16)) == []
+        (said,) = doubts_of_fit(sae, loaded(0.3))
+        assert "with other weights than those of this model, 'custom': one of the two was trained further" in said
+    otherwise = [{"model_class_name": "AutoModelForCausalLM"}, {"model_fingerprint": "of a plugin"}]
+    for other in (*otherwise, {"model_processing": None}, {"model_fingerprint": None}):  # nothing is known
+        found = doubts_of_fit(sae_at(d_in=16, model_name="gpt2", **about | other), loaded(0.3))
+        assert not any("other weights" in said for said in found)
+
+
 SAME = [
     ("gpt2", "gpt2"), ("GPT2", "openai-community/gpt2"), ("google/gemma-2-2b", "/models/gemma-2-2b/"),
     ("C:\\models\\gpt2", "gpt2"), ("custom", "gpt2"), ("gpt2", "custom"), ("", "gpt2"),

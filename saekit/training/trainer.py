@@ -225,9 +225,7 @@ class SAETrainer:
             batch=batch,
             backend=self.backend,
         )
-        if self.rounds_products:  # inside an autocast of the caller's, torch would go on with the last step's weights
-            torch.clear_autocast_cache()
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.rounds_products):
+        with self._rounding(x.device):
             if not self.training.compile:
                 return self.sae.training_step(x, step)
             try:
@@ -240,12 +238,21 @@ class SAETrainer:
                     [("training.compile", f"the SAE's step cannot be compiled here: {reason}")]
                 ) from error
 
+    def _rounding(self, device: torch.device) -> torch.autocast:
+        """What steps are made in: autocast, where products are rounded.
+
+        Torch would keep rounded weights until the autocast ends, but for the whole process: whenever another thread
+        leaves an autocast, as a forward of the model does, they are gone.  A gradient of weights that a step uses twice
+        (AuxK's decoder) is added up in bfloat16 where they were kept and in float32 where not, so none are kept.
+        """
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.rounds_products, cache_enabled=False)
+
     def step_path(self) -> str:
         """How its steps are made, in words."""
         precision, device = self.training.matmul_precision, torch.device(self.device)
         with (
             products(precision, self.turns),
-            torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.rounds_products),
+            self._rounding(device),
         ):
             path = self.sae.step_path()
             words = in_words(precision, device, fast=self.sae.why_reference() is None)
@@ -255,7 +262,7 @@ class SAETrainer:
         """Why its steps take the way of autograd; None: they take the fast one."""
         with (
             products(self.training.matmul_precision, self.turns),
-            torch.autocast(torch.device(self.device).type, dtype=torch.bfloat16, enabled=self.rounds_products),
+            self._rounding(torch.device(self.device)),
         ):
             return self.sae.why_reference()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.processes import Case
 from support.training import DOCUMENTS, fake_run, fit, lines, make_trainer, weights
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from saekit import Forward
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 
 pytestmark = pytest.mark.usefixtures("way")
+PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default)
 
 
 class Products(TorchDispatchMode):
@@ -26,7 +29,7 @@ class Products(TorchDispatchMode):
         self.dtypes: list[torch.dtype] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default):
+        if func in PRODUCTS:
             self.dtypes += [arg.dtype for arg in args if isinstance(arg, Tensor) and arg.ndim == 2]
         return func(*args, **(kwargs or {}))
 
@@ -54,6 +57,30 @@ def test_autocast_runs_the_products_in_bfloat16(device: str, options: dict[str, 
     for name, value in runs[False][0].items():
         moved = (value - dict(make_trainer(asleep=4, dtype="float32").sae.named_parameters())[name].to(device)).norm()
         assert (value - runs[True][0][name]).norm() < 0.2 * moved, name
+
+
+class Leaving(TorchDispatchMode):
+    """Before each product, what happens to the process when another thread leaves an autocast."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in PRODUCTS:  # elsewhere torch may hold the lock of what it keeps
+            torch.clear_autocast_cache()
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("asked", [{"training": {"autocast": True}}, {"dtype": "bfloat16"}], ids=str)
+def test_what_other_threads_do_meanwhile_changes_no_digit(asked: dict[str, Any]) -> None:
+    case = Case({"name": "topk", "k": 2}, **{"dtype": "float32"} | asked)
+    found = []
+    for mode in (nullcontext(), Leaving()):
+        trainer = case.trainer(saekit.distributed.ALONE)
+        with mode:
+            metrics = [trainer.train_on(*trainer.rows_of(batch), batch) for batch in case.batches()]
+        found.append(weights(trainer))
+        assert trainer.rounds_products
+        assert metrics[-1]["losses/auxiliary_reconstruction_loss"] > 0, "it reads W_dec, too"
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
 
 
 def test_autocast_in_a_run_is_the_saes_alone(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ from .commands.exporting import export_delphi as export_delphi
 from .commands.exporting import export_neuronpedia as export_neuronpedia
 from .commands.features import collect_features as collect_features
 from .commands.jobs import cache_activations as cache_activations
+from .commands.jobs import open_activations as open_activations
 from .commands.jobs import plan as plan
 from .commands.jobs import pretokenize as pretokenize
 from .commands.jobs import resume as resume

@@ -49,6 +49,13 @@ class Batch:
     def __len__(self) -> int:
         return len(next(iter(self.activations.values())))
 
+    def __getitem__(self, site: Site | str) -> Tensor:
+        """The rows ``[n, d]`` at a site, or at the site of this name; :class:`KeyError` tells which there are."""
+        for own, rows in self.activations.items():
+            if site in (own, own.name):
+                return rows
+        raise KeyError(f"{site!r}: this batch has {', '.join(own.name for own in self.activations)}")
+
     @property
     def whole(self) -> int:
         """Rows of the whole batch."""

@@ -1,4 +1,4 @@
-"""What saekit does, as functions: train, go on, plan, cache, pretokenize.
+"""What saekit does, as functions: train, go on, plan, cache, read activations, pretokenize.
 
 Each reads its configuration and asks :mod:`saekit.commands.preflight` what can be seen to be wrong, before it imports
 what does the work.
@@ -30,10 +30,13 @@ from saekit.runs.planned import Plan, cannot_run
 if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
     from saekit.data.cache.manifest import Manifest
+    from saekit.runs.activations import Activations
     from saekit.runs.results import SweepResult, TrainResult
     from saekit.status import Status
 
-__all__ = ["ConfigSource", "cache_activations", "plan", "plan_after", "pretokenize", "resume", "train"]
+__all__ = [
+    "ConfigSource", "cache_activations", "open_activations", "plan", "plan_after", "pretokenize", "resume", "train",
+]  # fmt: skip
 
 ConfigSource: TypeAlias = TrainConfig | Mapping[str, Any] | str | Path
 """A config, a dict, or the path of a TOML, YAML or JSON file."""
@@ -231,6 +234,39 @@ def cache_activations(
         from saekit.commands.cache import write_cache
 
         return write_cache(config, plugins, model, dataset, say)
+
+
+def open_activations(
+    cfg: ConfigSource,
+    overrides: Sequence[str] = (),
+    *,
+    plugins: PluginManager | None = None,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> Activations:
+    """Read by hand the batches of activations that ``cfg`` would train an SAE on.
+
+    ``model`` and ``dataset`` are as for :func:`saekit.train`.  Of ``cfg`` those sections count that say what is read:
+    ``model``, ``dataset``, ``site`` (or ``inputs`` and ``targets``), ``activations``, ``tokens``, ``evals`` for what is
+    held out, and of ``training`` the batch size, the number of tokens and the seed.  ::
+
+        with saekit.open_activations("run.toml") as activations:
+            for batch in activations:
+                rows = batch["blocks.1.hook_resid_post"]  # [n, d_in]
+
+    The batches are those of the run, row by row, before any normalization, and end where training would.  Errors are
+    those of :func:`saekit.train`.
+    """
+    refuse_several("reading activations by hand")
+    plugins = plugins or default_manager()
+    config = load_config(cfg, _listed(overrides), plugins=plugins)
+    kinds = preflight.kinds_read([config], plugins)
+    check_config_names_all(cfg, _listed(overrides), model=model, dataset=dataset, kinds=kinds)
+    preflight.of_reading(config, plugins, model, dataset).raise_any()
+    with _status([config]) as say:
+        from saekit.runs.activations import Activations
+
+        return Activations(config, plugins, model, dataset, say)
 
 
 def pretokenize(

@@ -155,6 +155,13 @@ def of_cache(
     )
 
 
+def of_reading(
+    config: TrainConfig, plugins: PluginManager, model: object | None = None, dataset: object | None = None
+) -> Faults:
+    """What is wrong with reading the batches of ``config`` without training on them."""
+    return Faults.of(_inputs([config], plugins, model, dataset), _held_out([config], dataset))
+
+
 def of_model(config: TrainConfig, plugins: PluginManager) -> Faults:
     """What is wrong with loading the model of ``config`` alone."""
     return Faults.of(_model(config, plugins, None), [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,10 @@ from support.tiny import needs_transformer_lens_3
 import saekit
 from saekit import SAE, ConfigError
 from saekit.for_sae_lens import NO_PROCESSING, said_by_sae_lens, said_to_sae_lens
+from saekit.pretrained.card import CardSAE, model_card
+from saekit.pretrained.copying import read_config
 
+FIXTURES = Path(__file__).parents[1] / "fixtures"
 LENS = {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {"center_writing_weights": False}}
 HERE = {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}}
 DONE = {"fold_ln": True, "center_writing_weights": True}
@@ -143,3 +147,55 @@ def test_the_model_of_an_sae_by_another_backend_with_its_options(tmp_path: Path)
     for place in (path, path.parent):
         with pytest.raises(ConfigError, match=r"is the folder of an SAE. Its model is saekit.load_model\(saekit.SAE"):
             saekit.load_model(place)
+
+
+TRAINED = {
+    "sae_lens_6.54.12_standard": {"l1_coefficient": 2, "lp_norm": 1.0, "l1_warm_up_steps": 3},
+    "sae_lens_6.54.12_topk": {"aux_loss_coefficient": 1.0},
+    "sae_lens_6.54.12_batchtopk": {"aux_loss_coefficient": 0.5, "topk_threshold_lr": 0.25},
+    "sae_lens_6.54.12_gated": {"l1_coefficient": 4, "l1_warm_up_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_how_6_trained_it_is_what_its_details_say_and_the_rest_is_not_told(tmp_path: Path, name: str) -> None:
+    """Options that these files do not state are defaults: nobody is told them as facts, saved again or not."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "a")
+    details = TRAINED[name]
+
+    def change(table: dict[str, Any]) -> None:
+        table["metadata"]["training_architecture_details"] = {"decoder_init_norm": 0.1, **details}
+
+    edit_json(folder / "cfg.json", change)
+    sae = SAE.load(folder)
+    called = {"topk_threshold_lr": "threshold_lr"}
+    assert {theirs: getattr(sae.config, called.get(theirs, theirs)) for theirs in details} == details
+    if "standard" in name:
+        assert sae.config.scale_sparsity_penalty_by_decoder_norm
+    if "aux_loss_coefficient" in details:
+        assert sae.config.aux_loss_normalization == "none"
+    for one in (sae, SAE.load(sae.save(tmp_path / "b"))):
+        card = CardSAE(folder="", config=read_config(one.save(tmp_path / "c"))).configuration
+        said = {f"sae.{called.get(theirs, theirs)}" for theirs in details}
+        assert said <= card.keys()
+        assert not {"sae.b_dec_init_method", "sae.decoder_heuristic_init", "sae.k_aux"} & card.keys()
+    older = json.loads((tmp_path / "b/cfg.json").read_text())
+    del older["saekit"]["provenance"]["not_stated"]
+    assert CardSAE(folder="", config=older).configuration == {}
+
+
+def test_the_card_of_a_folder_that_sae_lens_wrote() -> None:
+    place = {"hook_name": "blocks.0.hook_resid_pre", "hook_head_index": None}
+    about = {"sae_lens_version": "6.54.12", "l0": 16.25, "num_dead_features": 3, "model_name": "gpt2", **place}
+    card = CardSAE(folder="", config={"architecture": "topk", "d_in": 8, "metadata": about})
+    expected = {"site": "blocks.0.hook_resid_pre", "model": "gpt2", "L0": "16.25", "dead features": "3"}
+    assert expected.items() <= card.facts.items()
+    assert "saved by [sae-lens](https://pypi.org/project/sae-lens/) 6.54.12" in model_card("a/b", [card])
+    flat = {"hook_point": "blocks.1.attn.hook_z", "hook_point_head_index": 2, "model_name": "gpt2", "d_in": 8}
+    old = CardSAE(folder="", config={**flat, "sae_lens_training_version": "2.1.3"})
+    assert old.facts["site"] == "blocks.1.attn.hook_z.head2"
+    assert old.facts["model"] == "gpt2"
+    both = CardSAE(folder="", config={"metadata": {"hook_name": "a", "hook_name_out": "b"}})
+    assert both.facts["site"] == "a to b"
+    measured = CardSAE(folder="", config={"metadata": about}, metrics={"l0": 20})
+    assert measured.facts["L0"] == "20", "what is given counts more"

@@ -16,7 +16,7 @@ from support.saved import make
 from support.tiny import needs_transformer_lens_3
 
 import saekit
-from saekit import SAE, ConfigError
+from saekit import SAE, ConfigError, ModelError
 from saekit.for_sae_lens import NO_PROCESSING, said_by_sae_lens, said_to_sae_lens
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.pretrained.copying import read_config
@@ -66,7 +66,6 @@ def test_since_4_a_model_is_processed_only_where_the_arguments_say_so(
         {"model_class_name": "AutoModelForCausalLM", "model_from_pretrained_kwargs": {}},
         {"model_class_name": "HookedMamba"},
         {"model_name": "gpt2"},
-        HERE | {"model_processing": DONE},
         HERE | {"model_autocast": False},
     ],
 )
@@ -115,6 +114,29 @@ def test_what_was_done_to_weights_in_training_is_an_argument_for_sae_lens(tmp_pa
     assert said_to_sae_lens(asked)["model_from_pretrained_kwargs"] == {
         "fold_ln": False, "n_ctx": 8, "center_writing_weights": True}  # fmt: skip
     assert said_to_sae_lens({"model_class_name": "AutoModelForCausalLM", "model_processing": DONE}) == {}
+
+
+def test_what_was_added_for_sae_lens_is_the_default_again(tmp_path: Path) -> None:
+    """As where sae-lens 6 saves it again; a model of saekit's own folders takes no arguments at all."""
+    kwargs = {"n_ctx": 8, "center_writing_weights": False}
+    metadata = {**HERE, "model_from_pretrained_kwargs": kwargs, "model_processing": {
+        "fold_ln": True, "center_writing_weights": False, "fold_value_biases": False}}  # fmt: skip
+    path = saved(tmp_path / "a", metadata, theirs=False)
+    told = json.loads((path / "cfg.json").read_text())["metadata"]["model_from_pretrained_kwargs"]
+    assert told == kwargs | {"fold_ln": True}
+    edit_json(path / "cfg.json", lambda table: table.pop("saekit"))
+    assert SAE.load(path).info.metadata["model_from_pretrained_kwargs"] == kwargs
+    assert (
+        said_to_sae_lens(HERE | {"model_processing": dict.fromkeys(DONE, False)})["model_from_pretrained_kwargs"] == {}
+    )
+
+
+def test_the_error_says_what_helps_where_an_sae_says_arguments() -> None:
+    sae = make(HOOK)
+    sae.info = attrs.evolve(sae.info, metadata=LENS | {"model_name": "saekit/tiny-python"})
+    with pytest.raises(ModelError, match=r"do not apply .*where it is an SAE that says them, name the backend alone"):
+        saekit.load_model(sae, device="cpu")
+    assert saekit.load_model(sae, backend="HookedTransformer", device="cpu").name == "saekit/tiny-python"
 
 
 def test_no_token_is_null_for_sae_lens(tmp_path: Path) -> None:

@@ -11,15 +11,22 @@ from saekit.for_sae_lens import major
 
 __all__ = ["flat_of", "is_of_sae_lens", "nested"]
 
+_KNOWN_BY = frozenset({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"})
+
 
 def is_of_sae_lens(source: Mapping[str, Any]) -> bool:
-    """Whether anything in it is: of later versions the version, of earlier ones the hook."""
-    return bool({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"} & source.keys())
+    """Whether anything in it is: of later versions the version, of earlier ones the hook; of an SAE of 6 likewise."""
+    return any(_KNOWN_BY & table.keys() for table in (source, source.get("metadata")) if isinstance(table, Mapping))
 
 
 def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """All keys, those of 6 in ``sae`` and ``logger`` with that before them, and the major version."""
     nested = isinstance(source.get("sae"), Mapping)
+    if not _KNOWN_BY & source.keys():
+        raise ConfigError(
+            "this is the configuration of an SAE of sae-lens 6, not of the run that trained it: that is in the "
+            "runner_cfg.json beside it, which LanguageModelSAERunnerConfig saves. Give that"
+        )
     stated = major(source.get("sae_lens_version") or source.get("sae_lens_training_version"))
     version = stated or (6 if nested else 3)
     hook = {"hook_name", "hook_point"} & source.keys()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -20,6 +21,8 @@ from saekit import SAE, ConfigError, ModelError
 from saekit.for_sae_lens import NO_PROCESSING, said_by_sae_lens, said_to_sae_lens
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.pretrained.copying import read_config
+from saekit.pretrained.overriding import overridden
+from saekit.saved import PretrainedSAE
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 LENS = {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {"center_writing_weights": False}}
@@ -221,3 +224,11 @@ def test_the_card_of_a_folder_that_sae_lens_wrote() -> None:
     assert both.facts["site"] == "a to b"
     measured = CardSAE(folder="", config={"metadata": about}, metrics={"l0": 20})
     assert measured.facts["L0"] == "20", "what is given counts more"
+
+
+def test_of_arguments_a_release_says_each_for_itself() -> None:
+    read = PretrainedSAE(architecture="saekit:topk", options={}, tensors={}, metadata={
+        "model_from_pretrained_kwargs": {**NO_PROCESSING}})  # fmt: skip
+    files: Any = SimpleNamespace(about={"model_from_pretrained_kwargs": {"fold_ln": True}}, asked=(), place="here")
+    found = overridden(read, files, "saekit:sae_lens").metadata["model_from_pretrained_kwargs"]
+    assert found == {**NO_PROCESSING, "fold_ln": True}

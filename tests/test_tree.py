@@ -310,7 +310,8 @@ if name in ("gated", "standard"): ...
 
 
 NAMED: dict[str, set[str]] = {
-    "saekit.sae.folder": {"transcoder", "expected_average_only_in"},  # words of cfg.json, which sae-lens reads
+    "saekit.for_sae_lens": {"HookedTransformer"},  # a word of cfg.json, which sae-lens reads
+    "saekit.sae.folder": {"transcoder", "expected_average_only_in"},  # likewise
     "saekit.values": {"expected_average_only_in"},
 }
 """What other files name all the same."""

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from saekit.errors import ConfigError
+from saekit.for_sae_lens import said_to_sae_lens
 from saekit.site import flatten_heads
 
 if TYPE_CHECKING:
@@ -161,6 +162,7 @@ def _options(sae: SAEModule) -> dict[str, Any]:
 
 
 def _fed(known: Mapping[str, Any]) -> dict[str, Any]:
+    known = {**known, **said_to_sae_lens(known)}
     return {
         "context_size": known.get("context_size"),
         "prepend_bos": known.get("prepend_bos", True),

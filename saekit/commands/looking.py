@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 import attrs
 
+from saekit.cautions import warn
 from saekit.commands import preflight
 from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
 from saekit.errors import ConfigError
+from saekit.files.names import SAE_WEIGHTS
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.text import short
@@ -44,7 +46,10 @@ def load_model(
     autocast: bool = False,
     plugins: PluginManager | None = None,
 ) -> LoadedModel:
-    """A language model as saekit runs it, by its name or folder, or around one that you have loaded.
+    """A language model as saekit runs it, by its name or folder, around one that you have loaded, or that of an SAE.
+
+    Of an SAE it is the model that it was trained on, loaded as it says: by which backend, with which options.  Where
+    that still is not what it was trained on, as with other weights of the name, a ``UserWarning`` says so.
 
     ``backend`` is as ``model.backend`` of a configuration: a key, a table with ``name`` and options, or an object of
     its options.  Left out, a name is for ``HookedTransformer``, and a loaded model for the one backend that takes it.
@@ -52,14 +57,22 @@ def load_model(
 
     What is returned has ``tokenize(text)``, ``run(tokens, read=[hook, ...])``, ``unembedding()`` and more: see
     :class:`saekit.protocols.ModelBackend`; ``model`` is the model itself, as its library has it.  Raises
-    :class:`saekit.errors.ModelError` for a model that cannot be loaded.
+    :class:`saekit.errors.ModelError` for a model that cannot be loaded, and :class:`saekit.errors.ConfigError` for an
+    SAE that does not say its model.
     """
     plugins = plugins or default_manager()
+    sae = cast("SAEModule", model) if hasattr(model, "encode") and hasattr(model, "info") else None
+    if sae is not None:
+        from saekit.splicing.doubts import model_name_of
+
+        about, model = sae.info.metadata, model_name_of(sae)
+        backend = backend or backend_of(about, about.get("model_class_name"), plugins)
     named = isinstance(model, (str, os.PathLike))
     options: dict[str, Any] = {"device": device, "dtype": dtype, "autocast": autocast}
     options |= {} if backend is None else {"backend": backend}
     whole = load_config({"model": options | ({"name": model} if named else {})}, plugins=plugins)
     if named:
+        _check_no_sae(model)
         preflight.of_model(whole, plugins).raise_any()
     from saekit.backends.around import backend_around, built_backend
 
@@ -67,7 +80,20 @@ def load_model(
         found = built_backend(whole.model, plugins, None if named else model)
     else:
         found = backend_around(model, whole.model, plugins)
+    if sae is not None:
+        from saekit.splicing.doubts import doubts_of_place
+
+        for doubt in doubts_of_place(sae, found):
+            warn(doubt.text, UserWarning)
     return cast("LoadedModel", found)
+
+
+def _check_no_sae(model: object) -> None:
+    """:class:`ConfigError` where the folder of an SAE, or of a run, is named in the place of a model's."""
+    place = os.fspath(cast("str", model))
+    if any(os.path.isfile(os.path.join(place, part, SAE_WEIGHTS)) for part in ("", "sae")):  # noqa: PTH113, PTH118
+        told = f"{place!r} is the folder of an SAE. Its model is saekit.load_model(saekit.SAE.load({place!r}))"
+        raise ConfigError([("model", told)])
 
 
 def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:

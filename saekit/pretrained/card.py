@@ -23,9 +23,11 @@ _MEASURED = {
     "L0": ("evals/l0", "metrics/l0", "l0"),
     "explained variance": ("evals/explained_variance", "metrics/explained_variance", "explained_variance"),
     "CE recovered": ("evals/ce_recovered", "ce_recovered"),
-    "dead features": ("sparsity/dead_features", "dead_features"),
+    "dead features": ("sparsity/dead_features", "dead_features", "num_dead_features"),
 }
 """What a card says, and the metrics that each is taken from, the first that is there."""
+_TOLD = ("l0", "num_dead_features")
+"""Those that sae-lens writes into an SAE's metadata."""
 
 
 @attrs.frozen(kw_only=True)
@@ -51,9 +53,23 @@ class CardSAE:
         return _table(self.config.get("saekit"))
 
     @property
+    def about(self) -> Mapping[str, Any]:
+        """What it is fed; sae-lens has all of it in one table before 6."""
+        inner = self.config.get("metadata")
+        return _table(inner) if inner is not None or self.own else self.config
+
+    @property
+    def made_by(self) -> str:
+        """What has written its files, with a link."""
+        version = self.about.get("sae_lens_version") or self.about.get("sae_lens_training_version")
+        if self.own or not isinstance(version, str):
+            return f"[saekit](https://pypi.org/project/saekit/) {__version__}"
+        return f"[sae-lens](https://pypi.org/project/sae-lens/) {_cell(version)}"
+
+    @property
     def model(self) -> str:
         """The name of the language model; empty where it is not known, or is the path of a folder."""
-        names = (_table(self.config.get("metadata")).get("model_name"), self.options.get("model.name"))
+        names = (self.about.get("model_name"), self.options.get("model.name"))
         return next((name for name in names if isinstance(name, str) and name and not _is_local(name)), "")
 
     @property
@@ -68,6 +84,9 @@ class CardSAE:
         """The sites that it reads, and those that it writes where they are others."""
         if isinstance(site := self.own.get("site"), Mapping):
             return _name(site)
+        if not self.own:  # of sae-lens
+            read, written = (_site_of(self.about, end) for end in ("", "_out"))
+            return f"{read} to {written}" if read and written else read
         read, written = (
             "+".join(_name(one) for one in self.own.get(key, ()) if isinstance(one, Mapping))
             for key in ("inputs", "targets")
@@ -77,7 +96,7 @@ class CardSAE:
     @property
     def facts(self) -> dict[str, str]:
         """What is known of it, in words."""
-        metadata = _table(self.config.get("metadata"))
+        metadata = self.about
         data = [self.options.get("dataset.path"), metadata.get("dataset_path")]
         found = {
             "site": self.sites,
@@ -96,14 +115,19 @@ class CardSAE:
 
     @property
     def configuration(self) -> Mapping[str, Any]:
-        """How it was trained; where that is not known, the SAE's own options, as a configuration has them."""
-        return self.options or dict(_flat("sae", _table(self.own.get("options"))))
+        """How it was trained; where that is not known, those of the SAE's own options that are, as a configuration has
+        them: of an SAE of another library what its files state."""
+        options, provenance = _table(self.own.get("options")), _table(self.own.get("provenance"))
+        unknown = provenance.get("not_stated", options if provenance else ())  # an older saekit did not tell them apart
+        known = {name: value for name, value in options.items() if name not in unknown}
+        return self.options or dict(_flat("sae", known))
 
     @property
     def measured(self) -> dict[str, str]:
         """The main numbers, and the others."""
+        told = {**{one: self.about[one] for one in _TOLD if one in self.about}, **self.metrics}
         main = {
-            name: _number(next((self.metrics[one] for one in sources if one in self.metrics), None))
+            name: _number(next((told[one] for one in sources if one in told), None))
             for name, sources in _MEASURED.items()
         }
         known = {one for sources in _MEASURED.values() for one in sources}
@@ -146,7 +170,7 @@ def _front_matter(saes: Sequence[CardSAE]) -> str:
 
 def _one(sae: CardSAE) -> list[str]:
     return [
-        f"A sparse autoencoder, saved by [saekit](https://pypi.org/project/saekit/) {__version__}.",
+        f"A sparse autoencoder, saved by {sae.made_by}.",
         "",
         "| | |",
         "|---|---|",
@@ -166,7 +190,7 @@ def _several(saes: Sequence[CardSAE], columns: Sequence[str]) -> list[str]:
         rows.append([f"`{_cell(one.folder)}`", *map(_cell, changed), *(_cell(its.get(name, "")) for name in others)])
     head = ["folder", *columns, *others]
     return [
-        f"{len(saes)} sparse autoencoders, saved by [saekit](https://pypi.org/project/saekit/) {__version__}.",
+        f"{len(saes)} sparse autoencoders, saved by {' and '.join(dict.fromkeys(one.made_by for one in saes))}.",
         *(["", "| | |", "|---|---|"] if same else []),
         *(f"| {_cell(name)} | {_cell(facts[0][name])} |" for name in same),
         "",
@@ -213,6 +237,13 @@ def _is_local(name: str) -> bool:
 def _name(site: Mapping[str, Any]) -> str:
     head = site.get("hook_head_index")
     return f"{site.get('hook_name', '')}" + (f".head{head}" if isinstance(head, int) else "")
+
+
+def _site_of(about: Mapping[str, Any], end: str) -> str:
+    """By the names of sae-lens, of which those for what a transcoder writes end in ``_out``; empty: none is named."""
+    hook = about.get(f"hook_name{end}", about.get(f"hook_point{end}"))
+    head = about.get(f"hook_head_index{end}", about.get(f"hook_point_head_index{end}"))
+    return _name({"hook_name": hook, "hook_head_index": head}) if isinstance(hook, str) else ""
 
 
 def _flat(path: str, options: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

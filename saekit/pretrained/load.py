@@ -94,7 +94,7 @@ def load_sae(
             verify(files, sums)  # a damaged file explains whatever it was
             raise
         found = checksums(files, sums)
-    known = read.provenance or provenance(read, key, files, found)
+    known = read.provenance or provenance(read, key, files, found, sae.info.options)
     sae.info = attrs.evolve(sae.info, provenance={**known, **(origin or {})})
     return _as_wanted(sae.to(device), files, dtype, checked)
 

@@ -13,7 +13,8 @@ from saekit.site import Site
 
 __all__ = ["overridden"]
 
-_FED = ("model_name", "dataset_path", "model_from_pretrained_kwargs", "context_size", "prepend_bos")
+_KWARGS = "model_from_pretrained_kwargs"
+_FED = ("model_name", "dataset_path", _KWARGS, "context_size", "prepend_bos")
 
 
 def overridden(read: PretrainedSAE, files: SAEFiles, loader: str) -> PretrainedSAE:
@@ -26,8 +27,11 @@ def overridden(read: PretrainedSAE, files: SAEFiles, loader: str) -> PretrainedS
             f"the release of {files.place} says normalize_activations = {about['normalize_activations']!r}, and the "
             f"loader {loader} does nothing with that: another loader, or the release without it"
         )
+    said = {name: about[name] for name in _FED if name in about}
+    if _KWARGS in said and isinstance(read.metadata.get(_KWARGS), Mapping):  # of each argument what is said last counts
+        said[_KWARGS] = {**read.metadata[_KWARGS], **said[_KWARGS]}
     changes: dict[str, Any] = {
-        "metadata": {**read.metadata, **{name: about[name] for name in _FED if name in about}},
+        "metadata": {**read.metadata, **said},
         "defaulted": [name for name in read.defaulted if name not in about],  # what it says is no default of the format
     }
     if "hook_name" in about:

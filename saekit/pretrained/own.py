@@ -11,6 +11,7 @@ from saekit.config import NEEDED_TO_LOAD, SAME_AT_START
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.files.checksums import Checksums, seal
 from saekit.files.storage import sha256
+from saekit.for_sae_lens import said_by_sae_lens
 from saekit.sae.folder import CONFIG, FORMAT, PROBE, SPARSITY, TRANSFORMED, WEIGHTS
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.site import Site, Sites
@@ -50,7 +51,7 @@ def read_own(files: SAEFiles, checksums: Checksums, faults: list[str] | None = N
             checksums.expect(files.path(name), expected, _fault_of(name, expected, files))
         elif (found := sha256(files.path(name))) != expected:
             faults.append(str(_fault_of(name, expected, files)(found)))
-    metadata = dict(own["metadata"])
+    metadata = own["metadata"] | said_by_sae_lens(own["metadata"])  # of one of sae-lens that an older saekit has saved
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
         raise _wrong(files, "metadata.activation_scale", scale, "a number above 0, or one for each site by its name")

@@ -38,8 +38,10 @@ def _readable(files: SAEFiles) -> Iterator[None]:
         raise SAEFormatError(f"{files.place} cannot be read any more: {reason(error)}") from error
 
 
-def provenance(read: PretrainedSAE, loader: str, files: SAEFiles, sums: Mapping[str, str]) -> dict[str, Any]:
-    """What :attr:`saekit.SAEInfo.provenance` says of ``read``."""
+def provenance(
+    read: PretrainedSAE, loader: str, files: SAEFiles, sums: Mapping[str, str], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What :attr:`saekit.SAEInfo.provenance` says of ``read``, of which an SAE with ``options`` was made."""
     revisions = [revision for path in files.opened.values() if (revision := revision_of(path)) is not None]
     folder = files.address.removeprefix(f"{files.repo}").strip("/") if files.repo is not None else ""
     known = {
@@ -49,6 +51,8 @@ def provenance(read: PretrainedSAE, loader: str, files: SAEFiles, sums: Mapping[
         "folder": folder,
         "files": dict(sums),
         "defaulted": list(read.defaulted) or list(read.metadata.get("defaulted", ())),
+        # of saekit's own folders, the options are those of its training
+        "not_stated": [] if loader == OWN else [name for name in options if name not in {*read.options, "dtype"}],
         "renamed": {theirs: ours for theirs, ours in read.renamed.items() if theirs != ours},
     }
     return {name: value for name, value in known.items() if value not in (None, "", [], {})}

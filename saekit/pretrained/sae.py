@@ -44,7 +44,7 @@ class SAE(SAEModule):
     the direction of each feature in its rows.  It is a :class:`torch.nn.Module`::
 
         sae = saekit.SAE.from_pretrained("gpt2-small-res-jb", "blocks.8.hook_resid_pre")
-        model = saekit.load_model(sae.info.metadata["model_name"])
+        model = saekit.load_model(sae)  # the one that it was trained on, loaded as in training
         tokens = torch.tensor([model.tokenize("The Golden Gate Bridge")])
         x = model.run(tokens, read=[sae.site.hook_name]).held[sae.site.hook_name]  # [batch, position, d_in]
         with torch.no_grad():

@@ -25,6 +25,7 @@ from saekit.files.names import SAE_CONFIG, SAE_EVALS, SAE_FILES, SAE_PROBE, SAE_
 from saekit.files.storage import new_files, new_folder, nothing, read_json, replace_files, tidy
 from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import InPieces, save_tensors
+from saekit.for_sae_lens import said_to_sae_lens
 from saekit.sae.probe import Probe, probe_of
 from saekit.site import Site
 from saekit.transforms import NamedElsewhere
@@ -260,6 +261,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "metadata": {
             **_LAYOUT,
             **sae.info.metadata,
+            **said_to_sae_lens(sae.info.metadata),
             **said,
             **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
         },

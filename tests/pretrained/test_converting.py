@@ -341,6 +341,10 @@ def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
         ({"sae_lens_version": "3.0.0", "lr": 3}, "neither hook_name nor hook_point"),
         ([], "expected a table of options, found list"),
         ({"hook_name": "x", "d_in": 3, "d_sae": 4}, "it has no options of training"),
+        (
+            {"d_in": 3, "metadata": {"hook_name": "x", "sae_lens_version": "6.54.12"}},
+            "in the runner_cfg.json beside it",
+        ),
         ({"saekit": {}}, "saekit's own already"),
         ({"hook_name": "x", "lr": 1, "sae_lens_version": "6.1.0"}, "under sae, and this one has no sae"),
         ({"hook_name": "x", "sae": {}, "logger": 3}, "logger: expected a table, found 3"),

@@ -75,7 +75,8 @@ def test_what_a_file_leaves_out_is_one_more(tmp_path: Path) -> None:
     info = loaded("mwhanna_transcoder", folder).info
     assert "model_name" not in info.metadata
     assert info.provenance["defaulted"] == [
-        "feature_input_hook", "feature_output_hook", "prepend_bos", "dataset_path", "model_from_pretrained_kwargs",
+        "feature_input_hook", "feature_output_hook", "prepend_bos", "dataset_path", "model_class_name",
+        "model_from_pretrained_kwargs",
     ]  # fmt: skip
     (tmp_path / "c").mkdir()
     folder = copied("mntss_clt_layer", tmp_path / "c")

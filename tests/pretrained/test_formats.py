@@ -133,7 +133,11 @@ def test_provenance_says_what_was_read(tmp_path: Path) -> None:
     sae = SAE.load(copied("dictionary_learning_0.1.0_topk", tmp_path / "a"))
     sums = {name: hashlib.sha256((tmp_path / "a" / name).read_bytes()).hexdigest() for name in ("ae.pt", "config.json")}
     renamed = {"encoder.weight": "W_enc.T", "encoder.bias": "b_enc", "decoder.weight": "W_dec.T"}
-    expected = {"loader": "saekit:dictionary_learning", "files": sums, "renamed": renamed}
+    expected: dict[str, Any] = {"loader": "saekit:dictionary_learning", "files": sums, "renamed": renamed}
+    unknown = sae.info.provenance["not_stated"]
+    assert "aux_loss_coefficient" in unknown
+    assert not {"d_in", "d_sae", "k", "dtype"} & {*unknown}
+    expected["not_stated"] = unknown
     assert sae.info.provenance == expected
     again = SAE.load(SAE.load(sae.save(tmp_path / "b")).save(tmp_path / "c"))
     assert again.info.provenance == expected, "it is that of the weights, however often they are saved"

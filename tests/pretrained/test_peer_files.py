@@ -16,6 +16,7 @@ from support.tiny import hooked_transformer, run_config
 import saekit
 from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.for_sae_lens import NO_PROCESSING
 from saekit.tokens import TokenChoice
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -283,6 +284,7 @@ def test_metadata_is_kept_saved_and_shown(tmp_path: Path) -> None:
     }  # fmt: skip
     site = {"hook_name": "blocks.0.hook_resid_pre", "sae_lens_version": "6.54.12"}
     new = SAE.load(copied(tmp_path / "new", "sae_lens_6.54.12_standard", {"metadata": fed | site}))
+    fed["model_from_pretrained_kwargs"] = {**NO_PROCESSING}  # in full
     assert dict(new.info.metadata) == fed
     chosen = TokenChoice(exclude={0, 1}, seqpos_slice=(1, None))
     assert TokenChoice.of_metadata(new.info.metadata, special={7}) == chosen

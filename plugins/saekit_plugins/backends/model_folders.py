@@ -56,7 +56,8 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
         if kwargs:
             raise ModelError(
                 f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {sorted(kwargs)}. Leave them out "
-                "(model.backend.from_pretrained_kwargs={})"
+                "(model.backend.from_pretrained_kwargs={}); where it is an SAE that says them, name the backend alone "
+                "(--backend KEY, backend=KEY), or give a model that you have loaded"
             )
         return folder
     if not (folder / "config.json").is_file():

@@ -32,7 +32,9 @@ if TYPE_CHECKING:
 
 _PATTERN = r"W_enc_\d+\.safetensors"
 _HOOKS = {"feature_input_hook": "hook_resid_mid", "feature_output_hook": "hook_mlp_out"}
-_DEFAULTS: Mapping[str, Any] = {"prepend_bos": True, "model_from_pretrained_kwargs": {"fold_ln": False}}
+_DEFAULTS: Mapping[str, Any] = {
+    "prepend_bos": True, "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {"fold_ln": False},
+}  # fmt: skip
 
 
 @attrs.frozen(kw_only=True)

@@ -48,7 +48,7 @@ _NAMES = {"W_enc": "W_enc.T", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_de
 _HOOKS = {"feature_input_hook": "mlp.hook_in", "feature_output_hook": "hook_mlp_out"}
 _DEFAULTS: Mapping[str, Any] = {
     "prepend_bos": True, "dataset_path": "monology/pile-uncopyrighted",
-    "model_from_pretrained_kwargs": {"fold_ln": False},
+    "model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {"fold_ln": False},
 }  # fmt: skip
 _MODEL = re.compile(r"qwen3-(\d+(?:\.\d+)?)b(?![a-z0-9])", re.IGNORECASE)  # in the repository's name
 _RUNS = ("wandb-config.yaml", "wanb-config.yaml")  # the second as it is spelled in one repository

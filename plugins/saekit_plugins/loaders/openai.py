@@ -28,6 +28,11 @@ _HOOKS = {
     "resid_post_mlp": "hook_resid_post",
 }
 _NAMES = {"pre_bias": "b_dec", "latent_bias": "b_enc", "encoder.weight": "W_enc.T", "decoder.weight": "W_dec.T"}
+_MODEL: Mapping[str, Any] = {
+    "model_name": "gpt2", "model_class_name": "HookedTransformer",
+    "model_from_pretrained_kwargs": {"center_writing_weights": False},
+}  # fmt: skip
+"""Of the model as it was published, not centered as TransformerLens does by default."""
 _STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
 _PLAIN = ("activation", "activation_state_dict", "activation.k", "activation.postact_fn")
 
@@ -69,8 +74,7 @@ class OpenAILoader:
             # Rows are normalized exactly where the activation is TopK.
             input_transform="saekit:layer_norm" if topk else None,
             site=None if said is None else Site(hook_name=f"blocks.{int(said[3])}.{_HOOKS[said[1]]}"),
-            # Of the model as it was published, not centered as TransformerLens does by default.
-            **fed({}, {"model_name": "gpt2", "model_from_pretrained_kwargs": {"center_writing_weights": False}}),
+            **fed({}, _MODEL),
             renamed=_NAMES,
         )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.errors import SAEFormatError
+from saekit.for_sae_lens import major
 from saekit_plugins.loaders.sae_lens.config import FoundConfig
 from saekit_plugins.loaders.sae_lens.others import OTHERS
 
@@ -40,7 +41,7 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
     """Which of saekit's architectures ``config`` and ``tensors`` are; :class:`SAEFormatError` if it has none."""
     name = config.architecture
     if name == "standard" and config.activation != "topk":  # 4 and 5 may call a topk that
-        return Found("saekit:standard", {"activation": config.activation}, tensors)
+        return Found("saekit:standard", {"activation": config.activation, **_standard_options(config)}, tensors)
     if name in ("standard", "topk", "abstopk"):
         return _topk(config, tensors, place)
     if name in OTHERS:
@@ -56,13 +57,29 @@ def architecture_of(config: FoundConfig, tensors: dict[str, Tensor], place: str)
     raise SAEFormatError(f"architecture in {place} is {name!r}; this loader reads {_READ}")
 
 
+def _said(config: FoundConfig) -> dict[str, Any]:
+    """Options of training: of 6 those of a checkpoint, or, of what is for inference, of the details in its metadata."""
+    return {**config.flat.get("training_architecture_details", {}), **config.flat}
+
+
+def _standard_options(config: FoundConfig) -> dict[str, Any]:
+    """How it was trained, where that is said: so it would train on.  6 weighs its penalty by norms in any case."""
+    said = _said(config)
+    if "l1_coefficient" not in said:
+        return {}
+    weighed = said.get("scale_sparsity_penalty_by_decoder_norm", major(said.get("sae_lens_version")) >= 6)
+    names = ("l1_coefficient", "lp_norm", "l1_warm_up_steps")
+    options = {name: said[name] for name in names if said.get(name) is not None}
+    return options | {"scale_sparsity_penalty_by_decoder_norm": weighed}
+
+
 def _topk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
     k = config.flat.get("k", config.flat.get("activation_fn_kwargs", {}).get("k"))
     if isinstance(k, bool) or not isinstance(k, int | float) or k != k // 1 or not 1 <= k <= config.d_sae:
         where = "k (or activation_fn_kwargs.k)"
         raise SAEFormatError(f"{where} in {place} is {k!r}, expected a whole number from 1 to d_sae = {config.d_sae}")
     key = "saekit:abstopk" if config.architecture == "abstopk" else "saekit:topk"
-    return Found(key, {"k": int(k), **_rescale(config)}, tensors)
+    return Found(key, {"k": int(k), **_rescale(config), **_auxk(_said(config))}, tensors)
 
 
 def _rescale(config: FoundConfig) -> dict[str, bool]:
@@ -79,7 +96,7 @@ def _jumprelu(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Fo
         return Found("saekit:jumprelu", _jumprelu_options(config), tensors)
     details = config.flat.get("training_architecture_details", {})
     k, defaulted = _k(details.get("k"), config, place)
-    options = {"k": k, "rescale_acts_by_decoder_norm": False}
+    options = {"k": k, "rescale_acts_by_decoder_norm": False, **_auxk(details)}
     if trained_as == _MATRYOSHKA and details.get("matryoshka_widths"):
         return Found("saekit:matryoshka", options | _matryoshka_options(details, config, place), tensors, defaulted)
     return Found("saekit:batchtopk", options, tensors, defaulted)
@@ -112,7 +129,7 @@ _SPARSITY_LOSSES = {"step": "l0", "quadratic": "target_l0", "tanh": "tanh"}
 
 def _jumprelu_options(config: FoundConfig) -> dict[str, Any]:
     """How it was trained, where that is said: so it would train on.  sae-lens has no AuxK."""
-    said = {**config.flat.get("training_architecture_details", {}), **config.flat}
+    said = _said(config)
     if "jumprelu_bandwidth" not in said:
         return {}
     options = {ours: said[theirs] for theirs, ours in _JUMPRELU.items() if said.get(theirs) is not None}
@@ -156,13 +173,19 @@ def _batchtopk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> F
         raise SAEFormatError(f"{place} lacks k")
     k, _ = _k(config.flat["k"], config, place)
     tensors["threshold"] = threshold.reshape(1).repeat(config.d_sae)
-    options = {"k": k, **_rescale(config)}
+    options = {"k": k, **_rescale(config), **_auxk(config.flat)}
     if config.architecture == _MATRYOSHKA:
         return Found("saekit:matryoshka", options | _matryoshka_options(config.flat, config, place), tensors)
     return Found("saekit:batchtopk", options, tensors)
 
 
-_BATCHTOPK = {"aux_loss_coefficient": "aux_loss_coefficient", "topk_threshold_lr": "threshold_lr"}
+_AUXK = {"aux_loss_coefficient": "aux_loss_coefficient", "topk_threshold_lr": "threshold_lr"}
+
+
+def _auxk(said: Mapping[str, Any]) -> dict[str, Any]:
+    """How dead features and the threshold were trained, where that is said: AuxK is weighed in units of the loss."""
+    options = {ours: said[theirs] for theirs, ours in _AUXK.items() if said.get(theirs) is not None}
+    return options | ({"aux_loss_normalization": "none"} if "aux_loss_coefficient" in options else {})
 
 
 def _matryoshka_options(said: Mapping[str, Any], config: FoundConfig, place: str) -> dict[str, Any]:
@@ -174,19 +197,15 @@ def _matryoshka_options(said: Mapping[str, Any], config: FoundConfig, place: str
         )
     if sorted({*widths}) != widths:
         raise SAEFormatError(f"matryoshka_widths in {place} are {widths}, expected widths that rise")
-    options = {ours: said[theirs] for theirs, ours in _BATCHTOPK.items() if said.get(theirs) is not None}
-    if "aux_loss_coefficient" in options:
-        options["aux_loss_normalization"] = "none"
-    if not said.get("use_matryoshka_aux_loss") and options.get("aux_loss_coefficient"):
-        options["aux_loss_levels"] = "whole"
-    return options | {"widths": widths, "level_loss": "sum"}
+    whole = not said.get("use_matryoshka_aux_loss") and said.get("aux_loss_coefficient")
+    return {"widths": widths, "level_loss": "sum"} | ({"aux_loss_levels": "whole"} if whole else {})
 
 
 def _gated(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
     """sae-lens' reconstruction by gates trains the decoder, and its penalties are weighed by decoder norms."""
     if config.activation != "relu":
         raise SAEFormatError(f"the activation of the gated SAE in {place} is {config.activation!r}, expected 'relu'")
-    said = {**config.flat.get("training_architecture_details", {}), **config.flat}
+    said = _said(config)
     options = {name: said[name] for name in ("l1_coefficient", "l1_warm_up_steps") if said.get(name) is not None}
     form = {"aux_loss_trains_decoder": True, "scale_sparsity_penalty_by_decoder_norm": True}
     return Found("saekit:gated", options | form, tensors)

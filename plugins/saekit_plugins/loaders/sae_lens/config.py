@@ -9,6 +9,7 @@ import attrs
 
 from saekit import Site
 from saekit.errors import ConfigError, SAEFormatError
+from saekit.for_sae_lens import no_token, said_by_sae_lens
 
 __all__ = ["RENAMED", "FoundConfig", "read_config"]
 
@@ -97,7 +98,7 @@ def read_config(
         apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
         scaled=normalized == SCALED,
         input_transform=TRANSFORMS.get(normalized),
-        metadata=_metadata(flat, inner),
+        metadata=_metadata(flat, inner or raw, nested=bool(inner)),
         defaulted=tuple(_defaulted(flat)),
     )
 
@@ -152,9 +153,10 @@ def _normalized(flat: Mapping[str, Any], place: str, option: str | None) -> str:
     return option
 
 
-def _metadata(flat: Mapping[str, Any], inner: Mapping[str, Any] | None) -> dict[str, Any]:
-    names = [*_FED, *(name for name in inner or () if name not in (*_FED, *_NOT_KEPT))]
-    return {name: flat[name] for name in names if name in flat}
+def _metadata(flat: Mapping[str, Any], raw: Mapping[str, Any], *, nested: bool) -> dict[str, Any]:
+    names = [*_FED, *(name for name in raw if nested and name not in (*_FED, *_NOT_KEPT))]
+    found = {name: flat[name] for name in names if name in flat} | no_token(raw)
+    return found | said_by_sae_lens(found, flat.get("sae_lens_version"))
 
 
 def _defaulted(flat: Mapping[str, Any]) -> list[str]:

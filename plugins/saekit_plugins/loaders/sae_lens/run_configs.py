@@ -12,11 +12,11 @@ from typing import Any
 from saekit import ConfigError
 from saekit.config import shown
 from saekit.converted import ConvertedConfig
+from saekit.for_sae_lens import NO_PROCESSING
 from saekit_plugins.loaders.sae_lens.run_keys import (
     BEFORE_6,
     KEPT,
     NEUTRAL,
-    NO_PROCESSING,
     NORMALIZATIONS,
     NOT_TRAINED,
     OF_6,

@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-__all__ = ["BEFORE_6", "KEPT", "NEUTRAL", "NORMALIZATIONS", "NOT_TRAINED", "NO_PROCESSING", "OF_6",
+__all__ = ["BEFORE_6", "KEPT", "NEUTRAL", "NORMALIZATIONS", "NOT_TRAINED", "OF_6",
            "OF_ARCHITECTURES", "OTHERS_BEFORE_6", "WHITENING", "Key"]  # fmt: skip
 
 
@@ -167,12 +167,6 @@ NEUTRAL: Mapping[str, tuple[str, Any]] = {
 }
 """Those that are no option here: why, and the values that change nothing (``Any``: all).  Of those in :data:`KEPT`,
 other values are options."""
-
-NO_PROCESSING = {
-    "fold_ln": False, "center_writing_weights": False, "center_unembed": False,
-    "refactor_factored_attn_matrices": False, "fold_value_biases": False,
-}  # fmt: skip
-"""What ``HookedTransformer.from_pretrained_no_processing`` passes, by which sae-lens loads models since 4."""
 
 BEFORE_6: Mapping[str, Any] = {
     "context_size": 128, "expansion_factor": 4, "b_dec_init_method": "geometric_median", "normalize_sae_decoder": True,

@@ -7,20 +7,28 @@ from typing import Any
 
 from saekit import ConfigError
 from saekit.config import shown
+from saekit.for_sae_lens import major
 
 __all__ = ["flat_of", "is_of_sae_lens", "nested"]
 
+_KNOWN_BY = frozenset({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"})
+
 
 def is_of_sae_lens(source: Mapping[str, Any]) -> bool:
-    """Whether anything in it is: of later versions the version, of earlier ones the hook."""
-    return bool({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"} & source.keys())
+    """Whether anything in it is: of later versions the version, of earlier ones the hook; of an SAE of 6 likewise."""
+    return any(_KNOWN_BY & table.keys() for table in (source, source.get("metadata")) if isinstance(table, Mapping))
 
 
 def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """All keys, those of 6 in ``sae`` and ``logger`` with that before them, and the major version."""
     nested = isinstance(source.get("sae"), Mapping)
-    text = str(source.get("sae_lens_version") or source.get("sae_lens_training_version") or "")
-    major = int(text.partition(".")[0]) if text.partition(".")[0].isdigit() else 6 if nested else 3
+    if not _KNOWN_BY & source.keys():
+        raise ConfigError(
+            "this is the configuration of an SAE of sae-lens 6, not of the run that trained it: that is in the "
+            "runner_cfg.json beside it, which LanguageModelSAERunnerConfig saves. Give that"
+        )
+    stated = major(source.get("sae_lens_version") or source.get("sae_lens_training_version"))
+    version = stated or (6 if nested else 3)
     hook = {"hook_name", "hook_point"} & source.keys()
     if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
         missing = "no options of training" if hook else "neither hook_name nor hook_point"
@@ -29,16 +37,16 @@ def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
             "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
         )
     if not nested:
-        if major >= 6:
+        if version >= 6:
             raise ConfigError("a configuration of sae-lens 6 has its SAE's options under sae, and this one has no sae")
-        return dict(source), major
+        return dict(source), version
     flat = {key: value for key, value in source.items() if key not in ("sae", "logger")}
     for part in ("sae", "logger"):
         inner = source.get(part, {})
         if not isinstance(inner, Mapping):
             raise ConfigError([(part, f"expected a table, found {shown(inner)}")])
         flat |= {f"{part}.{key}": value for key, value in inner.items()}
-    return flat, max(major, 6)
+    return flat, max(version, 6)
 
 
 def nested(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,234 @@
+"""What sae-lens says otherwise of a model and its text: read as it means it, and written so that it loads the same."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from support.causal_lms import TOKENS, WIDTH, causal_lm_folder
+from support.formats import edit_json
+from support.saved import make
+from support.tiny import needs_transformer_lens_3
+
+import saekit
+from saekit import SAE, ConfigError, ModelError
+from saekit.for_sae_lens import NO_PROCESSING, said_by_sae_lens, said_to_sae_lens
+from saekit.pretrained.card import CardSAE, model_card
+from saekit.pretrained.copying import read_config
+from saekit.pretrained.overriding import overridden
+from saekit.saved import PretrainedSAE
+
+FIXTURES = Path(__file__).parents[1] / "fixtures"
+LENS = {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {"center_writing_weights": False}}
+HERE = {"model_class_name": "HookedTransformer", "model_from_pretrained_kwargs": {}}
+DONE = {"fold_ln": True, "center_writing_weights": True}
+HOOK = "blocks.1.hook_resid_post"
+
+
+def saved(folder: Path, metadata: dict[str, Any], *, theirs: bool, hook: str = HOOK) -> Path:
+    """An SAE with that metadata, in a folder of saekit or, without its part, as sae-lens 6 leaves one."""
+    sae = make(hook, d_in=WIDTH)
+    sae.info = attrs.evolve(sae.info, metadata=metadata)
+    path = sae.save(folder)
+
+    def change(table: dict[str, Any]) -> None:
+        del table["saekit"]
+        table["metadata"] = {"hook_name": hook, **metadata}
+
+    if theirs:
+        edit_json(path / "cfg.json", change)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("versions", "processed"),
+    [
+        ({"sae_lens_version": "6.54.12", "sae_lens_training_version": "6.54.12"}, False),
+        ({"sae_lens_version": "6.0.0"}, False),
+        ({"sae_lens_version": "6.54.12", "sae_lens_training_version": "4.4.5"}, False),
+        ({"sae_lens_version": "6.54.12", "sae_lens_training_version": "3.0.0"}, True),
+        ({}, True),
+    ],
+)
+def test_since_4_a_model_is_processed_only_where_the_arguments_say_so(
+    tmp_path: Path, versions: dict[str, str], processed: bool
+) -> None:
+    found = SAE.load(saved(tmp_path / "a", LENS | versions, theirs=True)).info.metadata["model_from_pretrained_kwargs"]
+    assert found == (LENS["model_from_pretrained_kwargs"] if processed else NO_PROCESSING)
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"model_class_name": "AutoModelForCausalLM", "model_from_pretrained_kwargs": {}},
+        {"model_class_name": "HookedMamba"},
+        {"model_name": "gpt2"},
+        HERE | {"model_autocast": False},
+    ],
+)
+def test_nothing_else_is_completed(metadata: dict[str, Any]) -> None:
+    assert said_by_sae_lens(metadata, "6.54.12") == {}
+
+
+def test_without_the_class_the_arguments_are_those_of_a_hooked_transformer() -> None:
+    found = said_by_sae_lens({"model_from_pretrained_kwargs": {"fold_ln": True}}, "5.11.0")
+    assert found["model_class_name"] == "HookedTransformer"
+    assert found["model_from_pretrained_kwargs"] == {**NO_PROCESSING, "fold_ln": True}
+
+
+def test_the_model_of_one_of_6_is_loaded_as_it_loads_it(tmp_path: Path) -> None:
+    """Its value biases are not folded, which nobody would hear of."""
+    needs_transformer_lens_3()
+    hook = "blocks.1.attn.hook_z"
+    about = LENS | {"model_name": str(causal_lm_folder("gpt2")), "sae_lens_training_version": "6.54.12"}
+    sae = SAE.load(saved(tmp_path / "a", about, theirs=True, hook=hook))
+    plain = saekit.load_model(causal_lm_folder("gpt2"), backend={
+        "name": "HookedTransformer", "from_pretrained_kwargs": dict(NO_PROCESSING)}, device="cpu")  # fmt: skip
+    processed = saekit.load_model(causal_lm_folder("gpt2"), device="cpu")
+    with saekit.splice(None, sae, device="cpu") as spliced:
+        own = spliced.backend
+    models = own, saekit.load_model(sae, device="cpu"), plain, processed
+    found, alone, expected, other = (model.run(TOKENS, read=[hook]).held[hook] for model in models)
+    assert torch.equal(found, expected)
+    assert torch.equal(alone, expected)
+    assert not torch.allclose(found, other, atol=1e-4)
+
+
+def test_one_that_an_older_saekit_has_saved_is_completed_as_it_is_read(tmp_path: Path) -> None:
+    sae = SAE.load(saved(tmp_path / "a", LENS | {"sae_lens_training_version": "6.54.12"}, theirs=False))
+    assert sae.info.metadata["model_from_pretrained_kwargs"] == NO_PROCESSING
+
+
+def test_what_was_done_to_weights_in_training_is_an_argument_for_sae_lens(tmp_path: Path) -> None:
+    """Its part says it; saekit's, and what is read again, is as it was."""
+    metadata = HERE | {"model_name": "gpt2", "model_processing": DONE, "model_autocast": False}
+    path = saved(tmp_path / "a", metadata, theirs=False)
+    table = json.loads((path / "cfg.json").read_text())
+    assert table["metadata"]["model_from_pretrained_kwargs"] == DONE
+    assert table["saekit"]["metadata"] == metadata == dict(SAE.load(path).info.metadata)
+    asked = metadata | {"model_from_pretrained_kwargs": {"fold_ln": False, "n_ctx": 8}}
+    asked["model_processing"] = {"fold_ln": False, "center_writing_weights": True}
+    assert said_to_sae_lens(asked)["model_from_pretrained_kwargs"] == {
+        "fold_ln": False, "n_ctx": 8, "center_writing_weights": True}  # fmt: skip
+    assert said_to_sae_lens({"model_class_name": "AutoModelForCausalLM", "model_processing": DONE}) == {}
+
+
+def test_what_was_added_for_sae_lens_is_the_default_again(tmp_path: Path) -> None:
+    """As where sae-lens 6 saves it again; a model of saekit's own folders takes no arguments at all."""
+    kwargs = {"n_ctx": 8, "center_writing_weights": False}
+    metadata = {**HERE, "model_from_pretrained_kwargs": kwargs, "model_processing": {
+        "fold_ln": True, "center_writing_weights": False, "fold_value_biases": False}}  # fmt: skip
+    path = saved(tmp_path / "a", metadata, theirs=False)
+    told = json.loads((path / "cfg.json").read_text())["metadata"]["model_from_pretrained_kwargs"]
+    assert told == kwargs | {"fold_ln": True}
+    edit_json(path / "cfg.json", lambda table: table.pop("saekit"))
+    assert SAE.load(path).info.metadata["model_from_pretrained_kwargs"] == kwargs
+    assert (
+        said_to_sae_lens(HERE | {"model_processing": dict.fromkeys(DONE, False)})["model_from_pretrained_kwargs"] == {}
+    )
+
+
+def test_the_error_says_what_helps_where_an_sae_says_arguments() -> None:
+    sae = make(HOOK)
+    sae.info = attrs.evolve(sae.info, metadata=LENS | {"model_name": "saekit/tiny-python"})
+    with pytest.raises(ModelError, match=r"do not apply .*where it is an SAE that says them, name the backend alone"):
+        saekit.load_model(sae, device="cpu")
+    assert saekit.load_model(sae, backend="HookedTransformer", device="cpu").name == "saekit/tiny-python"
+
+
+def test_no_token_is_null_for_sae_lens(tmp_path: Path) -> None:
+    none = dict.fromkeys(("begin_batch_token", "begin_sequence_token", "sequence_separator_token"), "none")
+    path = saved(tmp_path / "a", none, theirs=False)
+    table = json.loads((path / "cfg.json").read_text())
+    assert {name: table["metadata"][name] for name in none} == dict.fromkeys(none)
+    assert dict(SAE.load(path).info.metadata) == none
+
+    edit_json(path / "cfg.json", lambda table: table.pop("saekit"))  # as sae-lens saves it again
+    assert SAE.load(path).info.metadata.items() >= none.items()
+    assert said_to_sae_lens({"sequence_separator_token": "bos", "begin_batch_token": 0}) == {}
+
+
+def test_the_model_of_an_sae_by_another_backend_with_its_options(tmp_path: Path) -> None:
+    sae = make("transformer.h.1", d_in=WIDTH)
+    about = {"model_name": str(causal_lm_folder("gpt2")), "model_class_name": "AutoModelForCausalLM"}
+    sae.info = attrs.evolve(sae.info, metadata=about)
+    model = saekit.load_model(sae, device="cpu", dtype="bfloat16")
+    assert "transformer.h.1" in model.hook_names()
+    assert model.unembedding()[0].dtype == torch.bfloat16
+    sae.info = attrs.evolve(sae.info, metadata=about | {
+        "model_fingerprint": "9 9 9 9", "model_processing": dict(model.processing())})  # type: ignore[attr-defined]  # fmt: skip
+    with pytest.warns(UserWarning, match="with other weights than those of this model"):
+        saekit.load_model(sae, device="cpu")
+    sae.info = attrs.evolve(sae.info, metadata={})
+    with pytest.raises(ConfigError, match="the SAE does not say which model it was trained on"):
+        saekit.load_model(sae)
+    path = sae.save(tmp_path / "run" / "sae")
+    for place in (path, path.parent):
+        with pytest.raises(ConfigError, match=r"is the folder of an SAE. Its model is saekit.load_model\(saekit.SAE"):
+            saekit.load_model(place)
+
+
+TRAINED = {
+    "sae_lens_6.54.12_standard": {"l1_coefficient": 2, "lp_norm": 1.0, "l1_warm_up_steps": 3},
+    "sae_lens_6.54.12_topk": {"aux_loss_coefficient": 1.0},
+    "sae_lens_6.54.12_batchtopk": {"aux_loss_coefficient": 0.5, "topk_threshold_lr": 0.25},
+    "sae_lens_6.54.12_gated": {"l1_coefficient": 4, "l1_warm_up_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_how_6_trained_it_is_what_its_details_say_and_the_rest_is_not_told(tmp_path: Path, name: str) -> None:
+    """Options that these files do not state are defaults: nobody is told them as facts, saved again or not."""
+    folder = shutil.copytree(FIXTURES / name, tmp_path / "a")
+    details = TRAINED[name]
+
+    def change(table: dict[str, Any]) -> None:
+        table["metadata"]["training_architecture_details"] = {"decoder_init_norm": 0.1, **details}
+
+    edit_json(folder / "cfg.json", change)
+    sae = SAE.load(folder)
+    called = {"topk_threshold_lr": "threshold_lr"}
+    assert {theirs: getattr(sae.config, called.get(theirs, theirs)) for theirs in details} == details
+    if "standard" in name:
+        assert sae.config.scale_sparsity_penalty_by_decoder_norm
+    if "aux_loss_coefficient" in details:
+        assert sae.config.aux_loss_normalization == "none"
+    for one in (sae, SAE.load(sae.save(tmp_path / "b"))):
+        card = CardSAE(folder="", config=read_config(one.save(tmp_path / "c"))).configuration
+        said = {f"sae.{called.get(theirs, theirs)}" for theirs in details}
+        assert said <= card.keys()
+        assert not {"sae.b_dec_init_method", "sae.decoder_heuristic_init", "sae.k_aux"} & card.keys()
+    older = json.loads((tmp_path / "b/cfg.json").read_text())
+    del older["saekit"]["provenance"]["not_stated"]
+    assert CardSAE(folder="", config=older).configuration == {}
+
+
+def test_the_card_of_a_folder_that_sae_lens_wrote() -> None:
+    place = {"hook_name": "blocks.0.hook_resid_pre", "hook_head_index": None}
+    about = {"sae_lens_version": "6.54.12", "l0": 16.25, "num_dead_features": 3, "model_name": "gpt2", **place}
+    card = CardSAE(folder="", config={"architecture": "topk", "d_in": 8, "metadata": about})
+    expected = {"site": "blocks.0.hook_resid_pre", "model": "gpt2", "L0": "16.25", "dead features": "3"}
+    assert expected.items() <= card.facts.items()
+    assert "saved by [sae-lens](https://pypi.org/project/sae-lens/) 6.54.12" in model_card("a/b", [card])
+    flat = {"hook_point": "blocks.1.attn.hook_z", "hook_point_head_index": 2, "model_name": "gpt2", "d_in": 8}
+    old = CardSAE(folder="", config={**flat, "sae_lens_training_version": "2.1.3"})
+    assert old.facts["site"] == "blocks.1.attn.hook_z.head2"
+    assert old.facts["model"] == "gpt2"
+    both = CardSAE(folder="", config={"metadata": {"hook_name": "a", "hook_name_out": "b"}})
+    assert both.facts["site"] == "a to b"
+    measured = CardSAE(folder="", config={"metadata": about}, metrics={"l0": 20})
+    assert measured.facts["L0"] == "20", "what is given counts more"
+
+
+def test_of_arguments_a_release_says_each_for_itself() -> None:
+    read = PretrainedSAE(architecture="saekit:topk", options={}, tensors={}, metadata={
+        "model_from_pretrained_kwargs": {**NO_PROCESSING}})  # fmt: skip
+    files: Any = SimpleNamespace(about={"model_from_pretrained_kwargs": {"fold_ln": True}}, asked=(), place="here")
+    found = overridden(read, files, "saekit:sae_lens").metadata["model_from_pretrained_kwargs"]
+    assert found == {**NO_PROCESSING, "fold_ln": True}

@@ -64,7 +64,9 @@ SAE_LENS: dict[str, str] = {
     "eval_every_n_wandb_logs": "evals.every_n_steps, in steps",
     "n_eval_batches": "evals.n_contexts, in contexts",
     "n_eval_seqs": "evals.n_contexts",
-    "eval_batch_size_prompts": 'evals.run=[{name = "reconstruction", batch_size_prompts = ...}]',
+    "eval_batch_size_prompts": (
+        'evals.run=[{name = "reconstruction", batch_size_prompts = N}, {name = "downstream", batch_size_prompts = N}]'
+    ),
     "run_evals": "evals.run",
     # trackers
     "log_to_wandb": 'trackers=["wandb"]',

@@ -21,6 +21,7 @@ def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     nested = isinstance(source.get("sae"), Mapping)
     text = str(source.get("sae_lens_version") or source.get("sae_lens_training_version") or "")
     major = int(text.partition(".")[0]) if text.partition(".")[0].isdigit() else 6 if nested else 3
+    _refuse_others(source)
     hook = {"hook_name", "hook_point"} & source.keys()
     if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
         missing = "no options of training" if hook else "neither hook_name nor hook_point"
@@ -39,6 +40,24 @@ def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
             raise ConfigError([(part, f"expected a table, found {shown(inner)}")])
         flat |= {f"{part}.{key}": value for key, value in inner.items()}
     return flat, max(major, 6)
+
+
+def _refuse_others(source: Mapping[str, Any]) -> None:
+    """:class:`ConfigError` for configurations of what sae-lens runs beside the training of one SAE."""
+    if "saes" in source or "hook_names" in source:
+        raise ConfigError(
+            "this is a MultiSAETrainingRunnerConfig of sae-lens, of several SAEs that are trained on one model's "
+            "activations. Here each has a configuration of its own, and saekit.train([...]) trains them in one pass; "
+            "saekit.grid, or `saekit train run.toml --grid site.hook_name=A,B`, makes those that differ in a few "
+            "options. Convert the LanguageModelSAERunnerConfig of one of them for a start"
+        )
+    if "new_cached_activations_path" in source and "lr" not in source:
+        raise ConfigError(
+            "this is a CacheActivationsRunnerConfig of sae-lens, which trains nothing. Here `saekit cache` writes "
+            "activations, with the configuration of the run that is to read them: activations.cache.folder is "
+            "new_cached_activations_path, activations.cache.tokens training_tokens, activations.cache.dtype dtype, and "
+            "activations.cache.batch_size_prompts model_batch_size"
+        )
 
 
 def nested(options: Iterable[tuple[str, Any]]) -> dict[str, Any]:

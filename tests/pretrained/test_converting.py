@@ -412,6 +412,17 @@ def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
     assert "assumed: adam_beta1 is 0.0, the default there" in found.report()
 
 
+@pytest.mark.parametrize("path", [OF_2, OF_6["topk"], FLAT["5.11.0_gated"]], ids=lambda path: path.stem)
+@pytest.mark.parametrize("overrides", [[], ["sae.name=topk"]])
+def test_one_that_is_not_converted_is_told_in_a_word(path: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        saekit.load_config(path, overrides)
+    assert f"{path} is that of a run of sae-lens" in str(caught.value)
+    assert f"`saekit convert-config {path} run.toml`" in str(caught.value)
+    with pytest.raises(ConfigError, match="lr_scheduler_name: is a name of sae-lens"):
+        saekit.load_config({"lr_scheduler_name": "constant", "llm_device": "cpu"})
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

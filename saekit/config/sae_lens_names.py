@@ -29,6 +29,7 @@ SAE_LENS: dict[str, str] = {
     "dataset_path": "dataset.path",
     "is_dataset_tokenized": "found out from the data (dataset.column)",
     "use_chat_formatting": "dataset.chat_template",
+    "dataset_trust_remote_code": "not there: no dataset brings code that is run",
     # activations
     "use_cached_activations": "activations.source.name=cached, with activations.source.folder",
     "cached_activations_path": "activations.source.folder, of the source `cached`",
@@ -39,6 +40,7 @@ SAE_LENS: dict[str, str] = {
     "activations_mixing_fraction": "not there: half of the buffer is filled anew",
     "n_batches_for_norm_estimate": "not there: the norm is estimated on the first buffer",
     # the SAE
+    "reshape_activations": "not needed: heads are laid side by side where a hook has them",
     "architecture": "sae.name",
     "activation_fn": "sae.activation",
     "activation_fn_str": "sae.activation",

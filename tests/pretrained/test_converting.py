@@ -432,6 +432,8 @@ def test_one_that_is_not_converted_is_told_in_a_word(path: Path, overrides: list
         ({"saes": {}, "hook_names": "x", "sae_lens_version": "6.1.0"}, r"MultiSAETrainingRunnerConfig.*saekit\.grid"),
         ({"hook_name": "x", "new_cached_activations_path": "y"}, "CacheActivationsRunnerConfig.*`saekit cache` writes"),
         ({"hook_name": "x", "d_in": 3, "d_sae": 4}, "it has no options of training"),
+        ({"d_in": 3, "d_sae": 4, "reshape_activations": "none"}, r"saekit\.SAE\.load\(folder\) reads it"),
+        ({"begin_batch_token": "bos", "context_size": 64}, "PretokenizeRunnerConfig.*saekit config --of pretokenize"),
         ({"saekit": {}}, "saekit's own already"),
         ({"hook_name": "x", "lr": 1, "sae_lens_version": "6.1.0"}, "under sae, and this one has no sae"),
         ({"hook_name": "x", "sae": {}, "logger": 3}, "logger: expected a table, found 3"),

@@ -12,8 +12,9 @@ __all__ = ["flat_of", "is_of_sae_lens", "nested"]
 
 
 def is_of_sae_lens(source: Mapping[str, Any]) -> bool:
-    """Whether anything in it is: of later versions the version, of earlier ones the hook."""
-    return bool({"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"} & source.keys())
+    """Whether anything in it is: of later versions the version, of earlier ones the hook; and what is no run."""
+    marks = {"hook_name", "hook_point", "sae_lens_version", "sae_lens_training_version"}
+    return bool((marks | {"reshape_activations", "begin_batch_token"}) & source.keys())
 
 
 def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
@@ -22,12 +23,14 @@ def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     text = str(source.get("sae_lens_version") or source.get("sae_lens_training_version") or "")
     major = int(text.partition(".")[0]) if text.partition(".")[0].isdigit() else 6 if nested else 3
     _refuse_others(source)
+    _refuse_pretokenizing(source)
     hook = {"hook_name", "hook_point"} & source.keys()
     if not hook or not ({"lr", "train_batch_size_tokens", "training_tokens"} & source.keys() or nested):
         missing = "no options of training" if hook else "neither hook_name nor hook_point"
         raise ConfigError(
             f"this is no configuration of a run of sae-lens: it has {missing}. Expected what "
-            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6)"
+            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6); the cfg.json "
+            "of an SAE needs no conversion: saekit.SAE.load(folder) reads it with the weights"
         )
     if not nested:
         if major >= 6:
@@ -57,6 +60,14 @@ def _refuse_others(source: Mapping[str, Any]) -> None:
             "activations, with the configuration of the run that is to read them: activations.cache.folder is "
             "new_cached_activations_path, activations.cache.tokens training_tokens, activations.cache.dtype dtype, and "
             "activations.cache.batch_size_prompts model_batch_size"
+        )
+
+
+def _refuse_pretokenizing(source: Mapping[str, Any]) -> None:
+    if "begin_batch_token" in source and "lr" not in source:
+        raise ConfigError(
+            "this is a PretokenizeRunnerConfig of sae-lens, which trains nothing. Here `saekit pretokenize` writes "
+            "contexts, with a configuration of its own: `saekit config --of pretokenize > contexts.toml`"
         )
 
 

@@ -29,8 +29,8 @@ def flat_of(source: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
         missing = "no options of training" if hook else "neither hook_name nor hook_point"
         raise ConfigError(
             f"this is no configuration of a run of sae-lens: it has {missing}. Expected what "
-            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6); the cfg.json "
-            "of an SAE needs no conversion: saekit.SAE.load(folder) reads it with the weights"
+            "LanguageModelSAERunnerConfig saves (cfg.json of a checkpoint of 2 or 3, runner_cfg.json of 6); the "
+            "cfg.json of an SAE needs no conversion: saekit.SAE.load(folder) reads it with the weights"
         )
     if not nested:
         if major >= 6:

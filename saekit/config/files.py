@@ -16,6 +16,7 @@ from saekit.config.describe import field_docs
 from saekit.config.fields import PLUGIN_KIND
 from saekit.config.formats import READERS, read_toml, toml_value, write
 from saekit.config.merging import MOST_KEYS, Place, in_order, set_option, tables, undotted
+from saekit.config.sae_lens_names import is_run_of_sae_lens
 from saekit.config.values import shown, too_nested
 from saekit.config.writing import plain_table
 from saekit.errors import ConfigError
@@ -90,6 +91,12 @@ def _read(source: Any, kind: type) -> tuple[Any, str]:
 
 
 def _loaded(table: Any, name: str, overrides: list[str], converter: ConfigConverter, kind: type[C]) -> C:
+    if isinstance(table, Mapping) and is_run_of_sae_lens(table):
+        file = "FILE" if name == "the configuration" else name
+        raise ConfigError(
+            f"{name} is that of a run of sae-lens, where options are called otherwise: `saekit convert-config {file} "
+            "run.toml` turns it into one of saekit"
+        )
     if overrides:
         name += "" if name == "the configuration" else ", with the changes that were given"
         table = apply_overrides(table, overrides, kind=kind, plugins=converter.plugins)
@@ -117,8 +124,11 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from error
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply, as no configuration is") from None
-    if table is None:
-        return {}
+    if table is None or table == {}:  # as a command that failed leaves it, whose output went there
+        raise ConfigError(
+            f"{path} is empty: it has no option. Was it to be written by a command that failed? `saekit config > "
+            "run.toml` writes one with all defaults, and defaults need no file: `saekit train sae.name=topk`"
+        )
     if not isinstance(table, dict):
         raise ConfigError(f"{path} must hold a table of sections, found {type(table).__name__}")
     return table

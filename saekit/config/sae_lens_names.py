@@ -3,7 +3,10 @@ have there; of the latter those of dictionary_learning and sparsify, too."""
 
 from __future__ import annotations
 
-__all__ = ["FACTORIES", "OF_CONFIGS", "OF_SAES", "SAE_LENS"]
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["FACTORIES", "OF_CONFIGS", "OF_SAES", "SAE_LENS", "is_run_of_sae_lens", "is_sae_of_sae_lens"]
 
 SAE_LENS: dict[str, str] = {
     # the model
@@ -14,6 +17,7 @@ SAE_LENS: dict[str, str] = {
     "autocast_lm": "model.autocast",
     "compile_llm": "model.compile",
     "llm_compilation_mode": "model.compile_mode",
+    "llm_device": "model.device",
     # the site
     "hook_point": "site.hook_name",
     "hook_point_layer": "a part of site.hook_name, which is enough",
@@ -25,13 +29,18 @@ SAE_LENS: dict[str, str] = {
     "dataset_path": "dataset.path",
     "is_dataset_tokenized": "found out from the data (dataset.column)",
     "use_chat_formatting": "dataset.chat_template",
+    "dataset_trust_remote_code": "not there: no dataset brings code that is run",
     # activations
     "use_cached_activations": "activations.source.name=cached, with activations.source.folder",
     "cached_activations_path": "activations.source.folder, of the source `cached`",
     "new_cached_activations_path": "activations.cache.folder, which `saekit cache` writes",
     "n_batches_in_store_buffer": "activations.source.n_batches_in_buffer",
     "store_batch_size": "activations.source.store_batch_size_prompts",
+    "prefetch_llm_batches": "activations.source.prefetch",
+    "activations_mixing_fraction": "not there: half of the buffer is filled anew",
+    "n_batches_for_norm_estimate": "not there: the norm is estimated on the first buffer",
     # the SAE
+    "reshape_activations": "not needed: heads are laid side by side where a hook has them",
     "architecture": "sae.name",
     "activation_fn": "sae.activation",
     "activation_fn_str": "sae.activation",
@@ -64,7 +73,9 @@ SAE_LENS: dict[str, str] = {
     "eval_every_n_wandb_logs": "evals.every_n_steps, in steps",
     "n_eval_batches": "evals.n_contexts, in contexts",
     "n_eval_seqs": "evals.n_contexts",
-    "eval_batch_size_prompts": 'evals.run=[{name = "reconstruction", batch_size_prompts = ...}]',
+    "eval_batch_size_prompts": (
+        'evals.run=[{name = "reconstruction", batch_size_prompts = N}, {name = "downstream", batch_size_prompts = N}]'
+    ),
     "run_evals": "evals.run",
     # trackers
     "log_to_wandb": 'trackers=["wandb"]',
@@ -161,3 +172,17 @@ OF_CONFIGS: dict[str, str] = {
     "to_dict": "sae.to_dict()",
 }
 """What the configuration of an SAE (``sae.cfg``) has there, and where it is here."""
+
+_VERSIONS = {"sae_lens_version", "sae_lens_training_version"}
+_MANY = 8
+
+
+def is_run_of_sae_lens(table: Mapping[str, Any]) -> bool:
+    """Whether this is the whole configuration of a run there, and not one of saekit with a name or two of theirs."""
+    return bool(_VERSIONS & table.keys()) or len(SAE_LENS.keys() & table.keys()) >= _MANY
+
+
+def is_sae_of_sae_lens(table: Mapping[str, Any]) -> bool:
+    """Whether this is what an SAE there states about itself (``cfg.json``, ``sae.cfg.to_dict()``)."""
+    marks = {"reshape_activations", "metadata", "hook_point", "hook_name", "finetuning_scaling_factor"}
+    return bool((_VERSIONS | marks) & table.keys())

@@ -9,6 +9,7 @@ import attrs
 
 from saekit.ambient import ambient
 from saekit.config.converter import ConfigConverter
+from saekit.config.sae_lens_names import is_sae_of_sae_lens
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError
 from saekit.kinds import INPUT_TRANSFORMS, SAE_ARCHITECTURES
@@ -33,6 +34,12 @@ def made_from(
     device = resolve_device(device, "device")
     plugins = plugins or default_manager()
     table = dict(options)
+    if is_sae_of_sae_lens(table):
+        raise ConfigError(
+            "this is what an SAE of sae-lens states about itself, and not the options of one here: SAE.load(folder) "
+            "reads it with its weights, and to_dict() of what that gives are the options. The hook is site=, and "
+            "normalize_activations is input_transform"
+        )
     if "architecture" in table and "name" not in table:
         table["name"] = table.pop("architecture")
     ports, transform = _ports(table.pop("ports", None), ports), table.pop("input_transform", None)

@@ -25,6 +25,12 @@ def check_is_run(folder: Path) -> None:
         raise PlaceError(f"{folder / RECORD} is not a file, so {folder} is not a run folder that can be gone on with")
     if not folder.exists():
         raise PlaceError(f"there is no folder {folder}; a run prints the name of its folder when it ends")
+    if (folder / "runner_cfg.json").is_file():
+        raise PlaceError(
+            f"{folder} is not a run folder, but a checkpoint of sae-lens, with its runner_cfg.json. Its run cannot go "
+            "on here, but one can start from its SAE: set from_pretrained_path to this folder in a copy of it, and "
+            "`saekit convert-config COPY.json run.toml` makes a configuration of it (training.from_pretrained_path)"
+        )
     near = sorted(found.parent.name for found in folder.glob(f"*/{RECORD}")) if folder.is_dir() else []
     hint = f" It holds the runs {', '.join(near)}." if near else ""
     raise PlaceError(f"{folder} is not a run folder: there is no {RECORD} in it.{hint}")

@@ -107,7 +107,9 @@ def test_a_flat_one_means_the_same() -> None:
     assert config.lr_schedule.options.end == pytest.approx(3e-5), "a tenth of the rate, where nothing is said"
     assert config.evals.n_contexts == 10 * 5, "batches of prompts there, contexts here"
     assert config.evals.every_n_steps == 100 * 10, "logs there, steps here"
-    assert config.evals.run[0].options.batch_size_prompts == 5
+    assert [(one.key, one.options.batch_size_prompts) for one in config.evals.run] == [
+        ("saekit:reconstruction", 5), ("saekit:downstream", 5)
+    ]  # fmt: skip
     assert config.model.backend.options.from_pretrained_kwargs == {}
     assert config.trackers == ()
 
@@ -165,6 +167,9 @@ def test_which_tokens_count_is_kept(version: str) -> None:
         assert config.dataset.chat_template is True
         everything = saekit.load_config(dict(convert(source | {"exclude_special_tokens": True}).table))
         assert everything.tokens.exclude_special_tokens is True
+        assert "pad, sep and decoder_start" in convert(source | {"exclude_special_tokens": True}).lost[
+            "exclude_special_tokens"
+        ]  # fmt: skip
     assert "tokens" not in convert(read(OF_6["standard"])).table, "where all count, nothing is said"
 
 
@@ -247,7 +252,9 @@ def test_what_cannot_be_trained_here_is_refused(name: str) -> None:
 def test_values_that_are_others_here_are_told() -> None:
     found = convert(of_3(normalize_activations="constant_norm_rescale"))
     assert "is activations.normalize_activations = 'constant_norm'" in found.changed["normalize_activations"]
-    assert found.lost == {}
+    assert "the loss is of rows as they are there" in found.lost["normalize_activations"]
+    layer = convert(with_sae("standard", normalize_activations="layer_norm"))
+    assert "of normalized ones" in layer.lost["sae.normalize_activations"]
     white = convert(with_sae("standard", normalize_activations="covariance_whitening"))
     assert "rotates them back" in white.lost["sae.normalize_activations"]
     assert "NOT THE SAME: sae.normalize_activations: covariance_whitening leaves rows" in "\n".join(white.report())
@@ -255,6 +262,77 @@ def test_values_that_are_others_here_are_told() -> None:
     assert nested.changed["sae.architecture"] == "'matryoshka_batchtopk' is sae.name = 'matryoshka'"
     assert nested.changed["n_eval_batches"] == "10 is evals.n_contexts = 320"
     assert "dtype" not in nested.changed
+
+
+def test_a_model_of_transformers_is_loaded_as_there() -> None:
+    """sae-lens writes ``model_kwargs`` whether there are any or not."""
+    source = read(OF_6["standard"]) | {"model_class_name": "AutoModelForCausalLM", "model_kwargs": {"x": 1}}
+    plain = convert(source | {"model_from_pretrained_kwargs": {}})
+    assert plain.table["model"]["backend"] == {"name": "AutoModelForCausalLM"}
+    assert (plain.lost, plain.dropped["model_kwargs"]) == ({}, "reaches no model of transformers there")
+    given = {"torch_dtype": "torch.bfloat16", "attn_implementation": "eager", "variant": "fp16", "revision": "v2"}
+    found = convert(source | {"model_from_pretrained_kwargs": given})
+    model = saekit.load_config(dict(found.table)).model
+    options = model.backend.options
+    assert (model.dtype, options.attn_implementation, options.revision) == ("bfloat16", "eager", "v2")
+    assert options.from_pretrained_kwargs == {"variant": "fp16"}
+    assert found.lost == {}
+    other = {"dtype": "auto", "device_map": "auto", "trust_remote_code": True}
+    told = convert(source | {"model_from_pretrained_kwargs": other}).lost["model_from_pretrained_kwargs"]
+    assert told == (
+        "dtype is 'auto', which has no place here; device_map is 'auto', and the model is on one here (model.device); "
+        "trust_remote_code is refused: no code that comes with a model is run"
+    )
+
+
+def test_what_is_passed_to_other_models() -> None:
+    mamba = read(OF_6["standard"]) | {"model_class_name": "HookedMamba", "model_from_pretrained_kwargs": {"a": 1}}
+    found = convert(mamba | {"model_kwargs": {"fast_ssm": True, "b": 2}})
+    assert found.table["model"]["backend"] == {"name": "HookedMamba", "forward_kwargs": {"fast_ssm": True}}
+    assert found.lost == {"model_from_pretrained_kwargs": "a is 1, which has no place here",
+                          "model_kwargs": "has b, which HookedMamba's forward does not take"}  # fmt: skip
+    lens = convert(read(OF_6["standard"]) | {"model_from_pretrained_kwargs": {"dtype": "bfloat16", "n_devices": 2}})
+    assert lens.table["model"]["dtype"] == "bfloat16"
+    assert lens.lost == {"model_from_pretrained_kwargs": "n_devices is 2, and the model is on one here (model.device)"}
+
+
+@pytest.mark.parametrize("name", sorted(OF_6))
+def test_a_run_from_a_saved_sae_chooses_no_start(name: str) -> None:
+    found = convert(with_sae(name, decoder_init_norm=0.5) | {"from_pretrained_path": "sae"})
+    defaults = attrs.fields_dict(type(saekit.load_config(dict(found.table)).sae.options))
+    start = {"decoder_heuristic_init", "b_dec_init_method", "init_encoder_as_decoder_transpose"}
+    assert start <= defaults.keys()
+    assert start & found.table["sae"].keys() == set()
+    assert "training starts from a saved SAE" in found.dropped["sae.decoder_init_norm"]
+    assert set(found.lost) == {"from_pretrained_path"}
+
+
+def test_a_warm_up_that_outlasts_the_run_gets_as_far() -> None:
+    for name, λ in (("standard", "l1"), ("jumprelu", "l0")):
+        sae = {f"{λ}_coefficient": 5, f"{λ}_warm_up_steps": 100}
+        found = convert(with_sae(name, **sae) | {"training_tokens": 39 * 64 + 1, "train_batch_size_tokens": 64})
+        options = saekit.load_config(dict(found.table)).sae.options
+        assert getattr(options, f"{λ}_coefficient") == 2.0
+        assert getattr(options, f"{λ}_warm_up_steps") == 40
+        assert f"5 is sae.{λ}_coefficient = 2: the warm-up is longer" in found.changed[f"sae.{λ}_coefficient"]
+
+
+def test_a_name_that_sae_lens_made_is_not_kept() -> None:
+    generated = "standard-16384-LR-5e-05-Tokens-1.229e+08", "64-L1-0.001-LR-0.0003-Tokens-2.000e+06"
+    source = read(OF_6["standard"])
+    for name in generated:
+        found = convert(source | {"logger": source["logger"] | {"run_name": name}})
+        assert "name" not in found.table["checkpoints"]
+        assert "by the date and the site" in found.dropped["logger.run_name"]
+    mine = convert(source | {"logger": source["logger"] | {"run_name": "mine"}})
+    assert mine.table["checkpoints"]["name"] == "mine"
+
+
+def test_no_separator_is_told_as_what_it_is() -> None:
+    found = convert(read(OF_6["standard"]) | {"sequence_separator_token": None})
+    assert saekit.load_config(dict(found.table)).dataset.sequence_separator_token == "none"
+    assert found.changed["sequence_separator_token"] == "null is dataset.sequence_separator_token = 'none'"
+    assert "sequence_separator_token" not in found.dropped
 
 
 class Theirs:
@@ -334,17 +412,32 @@ def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:
     assert "assumed: adam_beta1 is 0.0, the default there" in found.report()
 
 
+@pytest.mark.parametrize("path", [OF_2, OF_6["topk"], FLAT["5.11.0_gated"]], ids=lambda path: path.stem)
+@pytest.mark.parametrize("overrides", [[], ["sae.name=topk"]])
+def test_one_that_is_not_converted_is_told_in_a_word(path: Path, overrides: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        saekit.load_config(path, overrides)
+    assert f"{path} is that of a run of sae-lens" in str(caught.value)
+    assert f"`saekit convert-config {path} run.toml`" in str(caught.value)
+    with pytest.raises(ConfigError, match="lr_scheduler_name: is a name of sae-lens"):
+        saekit.load_config({"lr_scheduler_name": "constant", "llm_device": "cpu"})
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ({"architecture": "standard", "d_in": 3}, r"those of saekit:sae_lens can, and none of them knows"),
         ({"sae_lens_version": "3.0.0", "lr": 3}, "neither hook_name nor hook_point"),
         ([], "expected a table of options, found list"),
+        ({"saes": {}, "hook_names": "x", "sae_lens_version": "6.1.0"}, r"MultiSAETrainingRunnerConfig.*saekit\.grid"),
+        ({"hook_name": "x", "new_cached_activations_path": "y"}, "CacheActivationsRunnerConfig.*`saekit cache` writes"),
         ({"hook_name": "x", "d_in": 3, "d_sae": 4}, "it has no options of training"),
         (
             {"d_in": 3, "metadata": {"hook_name": "x", "sae_lens_version": "6.54.12"}},
             "in the runner_cfg.json beside it",
         ),
+        ({"d_in": 3, "d_sae": 4, "reshape_activations": "none"}, r"saekit\.SAE\.load\(folder\) reads it"),
+        ({"begin_batch_token": "bos", "context_size": 64}, "PretokenizeRunnerConfig.*saekit config --of pretokenize"),
         ({"saekit": {}}, "saekit's own already"),
         ({"hook_name": "x", "lr": 1, "sae_lens_version": "6.1.0"}, "under sae, and this one has no sae"),
         ({"hook_name": "x", "sae": {}, "logger": 3}, "logger: expected a table, found 3"),

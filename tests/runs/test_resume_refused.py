@@ -169,10 +169,13 @@ def test_what_came_from_memory_has_to_come_again(tmp_path: Path) -> None:
 
 def test_what_is_not_a_run_folder(tmp_path: Path) -> None:
     stopped(fake_config(tmp_path), 3)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/runner_cfg.json").write_text("{}")
     for folder, told in (
         (tmp_path / "nowhere", r"there is no folder .*nowhere; a run prints the name of its folder when it ends$"),
         (tmp_path, r"is not a run folder: there is no run.json in it. It holds the runs run\."),
         (tmp_path / "run/checkpoints/step-3", r"step-3 is not a run folder"),
+        (tmp_path / "theirs", r"checkpoint of sae-lens, with its runner_cfg.json.*training\.from_pretrained_path"),
     ):
         with pytest.raises(StorageError, match=told):
             resume(folder)

@@ -198,3 +198,9 @@ def test_ports_are_said_once() -> None:
 def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
     with pytest.raises(saekit.SaekitError, match=message):
         SAE.from_dict(options)
+
+
+@pytest.mark.parametrize("more", [{"metadata": {}}, {"reshape_activations": "none"}, {"hook_point": "x"}])
+def test_what_an_sae_states_there_are_no_options(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"an SAE of sae-lens states about itself.*SAE\.load\(folder\) reads it"):
+        SAE.from_dict({"architecture": "standard", **SIZES, "normalize_activations": "none", **more})

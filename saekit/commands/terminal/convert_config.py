@@ -9,7 +9,7 @@ import typer
 __all__ = ["EXAMPLES", "convert_config"]
 
 EXAMPLES = """
-    saekit convert-config runner_cfg.json > run.toml
+    saekit convert-config runner_cfg.json run.toml
     saekit convert-config checkpoints/abc/cfg.json run.toml
     saekit convert-config runner_cfg.json --json
 """

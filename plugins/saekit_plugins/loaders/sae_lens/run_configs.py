@@ -21,11 +21,16 @@ from saekit_plugins.loaders.sae_lens.run_keys import (
     NOT_TRAINED,
     OF_6,
     OF_ARCHITECTURES,
+    OTHER_NORMALIZATIONS,
     OTHERS_BEFORE_6,
-    WHITENING,
+    SPECIAL_TOKENS,
     Key,
 )
+from saekit_plugins.loaders.sae_lens.run_models import forwards, loading
+from saekit_plugins.loaders.sae_lens.run_parts import devices, evals, folder, rates, source, trackers
+from saekit_plugins.loaders.sae_lens.run_starts import from_saved, warm_up
 from saekit_plugins.loaders.sae_lens.run_tables import flat_of, is_of_sae_lens, nested
+from saekit_plugins.loaders.sae_lens.run_work import Work
 
 __all__ = ["convert"]
 
@@ -46,7 +51,7 @@ def convert(source: Mapping[str, Any]) -> ConvertedConfig | None:
     work.all()
     told = {**work.renamed, **work.changed, **work.dropped, **work.lost}
     for key, value in flat.items():  # those that several keys were made of, of which this one said nothing
-        if value is None and key not in told:
+        if value is None and key not in told and key not in work.said:
             work.dropped[key] = "is null, and left out here"
     return ConvertedConfig(
         table=nested(work.options),
@@ -71,48 +76,30 @@ def _concerns(key: str, flat: Mapping[str, Any]) -> bool:
     return name != "sae" or option in OF_ARCHITECTURES.get(str(flat.get("sae.architecture")), ())
 
 
-class _Work:
-    """One conversion while it is made: keys are taken one after the other, until none is left."""
-
-    def __init__(self, keys: Mapping[str, Any], version: int) -> None:
-        self.given = keys
-        self.left = dict(keys)
-        self.version = version
-        self.options: list[tuple[str, Any]] = []
-        self.renamed: dict[str, str] = {}
-        self.changed: dict[str, str] = {}
-        self.dropped: dict[str, str] = {}
-        self.lost: dict[str, str] = {}
+class _Work(Work):
+    """All of it."""
 
     def all(self) -> None:
         """Everything.  What depends on several keys comes first and takes them."""
-        for step in (self._sizes, self._architecture, self._model, self._devices, self._rates, self._evals,
-                     self._source, self._trackers, self._folder):  # fmt: skip
+        for step in (self._sizes, self._architecture, self._model):
             step()
+        for part in (devices, rates, evals, source, trackers, folder):
+            part(self)
         for key in list(self.left):
             self._one(key, self.left.pop(key))
-
-    def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, which is dealt with from here on."""
-        return self.left.pop(key, default)
-
-    def set(self, path: str, value: Any, *keys: str) -> None:
-        """An option here, and the keys of theirs that it is made of."""
-        self.options.append((path, value))
-        for key in keys:
-            if key.removeprefix("sae.").removeprefix("logger.") != path.rpartition(".")[2]:
-                self.renamed[key] = path
-            theirs = self.given.get(key)
-            if theirs is not None and theirs != value:
-                self.changed.setdefault(key, f"{shown(theirs)} is {path} = {shown(value)}")
+        if self.given.get("from_pretrained_path") is not None:
+            from_saved(self)
+        warm_up(self)
 
     def _one(self, key: str, value: Any) -> None:
         if key.removeprefix("sae.") == "normalize_activations" and not _is_normalization(value):
             words = [name for name in NORMALIZATIONS if isinstance(name, str)]
             self.lost[key] = f"is {shown(value)}; there are {', '.join(words)}"
             return
-        if value == "covariance_whitening":
-            self.lost[key] = WHITENING
+        if isinstance(value, str) and value in OTHER_NORMALIZATIONS:
+            self.lost[key] = OTHER_NORMALIZATIONS[value]
+        elif key == "exclude_special_tokens" and value is True:
+            self.lost[key] = SPECIAL_TOKENS
         known: Key | None = KEPT.get(key) or KEPT.get(key.removeprefix("sae."))
         if key in NEUTRAL and (NEUTRAL[key][1] is Any or value in NEUTRAL[key][1]):
             self.dropped[key] = NEUTRAL[key][0]
@@ -270,12 +257,6 @@ class _Work:
             elif value is not None:
                 self.dropped[key] = f"is of the loss {of}, and that is {mode}"
 
-    def _leave_out(self, *keys: str) -> None:
-        for key in keys:
-            if key in self.left:
-                del self.left[key]
-                self.dropped[key] = "is of another architecture"
-
     def _model(self) -> None:
         """Since 4, sae-lens loads models without processing their weights; here it is said."""
         backend = str(self.take("model_class_name") or "HookedTransformer")
@@ -283,90 +264,8 @@ class _Work:
         options = dict(self.take("model_from_pretrained_kwargs") or {})
         if self.version >= 4 and backend == "HookedTransformer":
             options = {**NO_PROCESSING, **options}
-        if options:
-            self.set("model.backend.from_pretrained_kwargs", options, "model_from_pretrained_kwargs")
-        else:
-            self.dropped["model_from_pretrained_kwargs"] = "says nothing"
-
-    def _devices(self) -> None:
-        device, model = str(self.take("device") or "cpu"), self.take("llm_device")
-        model = device if model in (None, "None") else str(model)
-        self.set("training.device", device, "device")
-        self.set("model.device", model, "llm_device")
-        self.renamed["llm_device"] = "model.device"
-        store = self.take("act_store_device")
-        default = "with_model" if self.version < 6 else device
-        store = default if store in (None, "None") else str(store)
-        self.set("activations.source.act_store_device", store, "act_store_device")
-
-    def _rates(self) -> None:
-        lr, end, cycles = self.left.get("lr"), self.take("lr_end"), self.take("n_restart_cycles")
-        name = str(self.take("lr_scheduler_name") or "constant").lower()
-        self.set("lr_schedule.name", name, "lr_scheduler_name")
-        if name == "constant":
-            self.dropped |= {"lr_end": "is of the cosine schedules", "n_restart_cycles": "is of the cosine schedules"}
-            return
-        if end is None and isinstance(lr, int | float):
-            end = lr / 10
-        if end is not None:
-            self.set("lr_schedule.end", end, "lr_end")
-        if "restarts" in name:
-            self.set("lr_schedule.n_restart_cycles", cycles or 1, "n_restart_cycles")
-        elif cycles is not None:
-            self.dropped["n_restart_cycles"] = "is of the schedule with restarts"
-
-    def _evals(self) -> None:
-        """Batches of prompts there; contexts here, and steps."""
-        batches, prompts = self.take("n_eval_batches"), self.take("eval_batch_size_prompts")
-        each = prompts or self.left.get("store_batch_size_prompts")
-        if batches and each:
-            self.set("evals.n_contexts", batches * each, "n_eval_batches")
-        if prompts:
-            self.set(
-                "evals.run", [{"name": "reconstruction", "batch_size_prompts": prompts}], "eval_batch_size_prompts"
-            )
-        prefix = "logger." if self.version >= 6 else ""
-        logs, steps = self.take(f"{prefix}eval_every_n_wandb_logs"), self.left.get(f"{prefix}wandb_log_frequency")
-        if logs and steps:
-            self.set("evals.every_n_steps", logs * steps, f"{prefix}eval_every_n_wandb_logs")
-
-    def _source(self) -> None:
-        folder = self.take("cached_activations_path")
-        if not self.take("use_cached_activations", False):
-            self.dropped["use_cached_activations"] = "is false, as it is here"
-            if folder is not None:
-                self.dropped["cached_activations_path"] = "is not used there"
-            return
-        self.set("activations.source.name", "cached", "use_cached_activations")
-        self.set("activations.source.folder", folder or "activations", "cached_activations_path")
-        self.lost["use_cached_activations"] = "caches of sae-lens are of another format: write one with `saekit cache`"
-        self.options = [one for one in self.options if one[0] != "activations.source.act_store_device"]
-        self._leave_out("n_batches_in_buffer", "store_batch_size_prompts", "prefetch_llm_batches")
-
-    def _trackers(self) -> None:
-        prefix = "logger." if self.version >= 6 else ""
-        wanted = self.take(f"{prefix}log_to_wandb", False)
-        tracker = {"name": "wandb"}
-        for option in ("project", "entity"):
-            value = self.take(f"{prefix}wandb_{option}")
-            if wanted and value is not None:
-                tracker[option] = value
-                self.renamed[f"{prefix}wandb_{option}"] = f"trackers[].{option}"
-            elif value is not None:
-                self.dropped[f"{prefix}wandb_{option}"] = "nothing is logged to W&B"
-        if wanted:
-            self.set("trackers", [tracker], f"{prefix}log_to_wandb")
-        else:
-            self.dropped[f"{prefix}log_to_wandb"] = "is false, and so it is here"
-
-    def _folder(self) -> None:
-        """One run folder has all here."""
-        output, checkpoints = self.take("output_path"), self.take("checkpoint_path")
-        folder = output or checkpoints
-        if folder:
-            self.set("checkpoints.folder", str(folder), "output_path" if output else "checkpoint_path")
-        if output and checkpoints:
-            self.dropped["checkpoint_path"] = "checkpoints lie in the run folder, which is in output_path"
+        loading(self, backend, options)
+        forwards(self, backend)
 
 
 def _check_trained(name: str, key: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 
 __all__ = ["BEFORE_6", "KEPT", "NEUTRAL", "NORMALIZATIONS", "NOT_TRAINED", "OF_6",
-           "OF_ARCHITECTURES", "OTHERS_BEFORE_6", "WHITENING", "Key"]  # fmt: skip
+           "OF_ARCHITECTURES", "OTHERS_BEFORE_6", "OTHER_NORMALIZATIONS", "SPECIAL_TOKENS", "Key"]  # fmt: skip
 
 
 def _same(value: Any) -> Any:
@@ -36,13 +36,22 @@ NORMALIZATIONS: Mapping[Any, str] = {
     "covariance_whitening": "whitening",
 }
 """Their names of input transforms, and those here."""
-WHITENING = (
-    "covariance_whitening leaves rows on the principal axes, and adds 1e-3 to the variances; whitening rotates them "
-    "back, and adds eps in units of the mean variance"
+_OF_ROWS = "the loss is of rows as they are there, and here of normalized ones: other weights and another L0 come of it"
+OTHER_NORMALIZATIONS: Mapping[Any, str] = {
+    "layer_norm": _OF_ROWS,
+    "constant_norm_rescale": _OF_ROWS,
+    "covariance_whitening": (
+        "covariance_whitening leaves rows on the principal axes, and adds 1e-3 to the variances; whitening rotates "
+        f"them back, and adds eps in units of the mean variance; and {_OF_ROWS}"
+    ),
+}
+"""Those that are not quite the same here, and why."""
+SPECIAL_TOKENS = (
+    "is true, which means bos, eos, pad, sep and decoder_start in 6.54.12, and here all that the tokenizer calls "
+    "special: where it has more, as for chats, give the ids instead, as in tokens.exclude_special_tokens = [0, 2]"
 )
 KEPT: Mapping[str, Key] = {
     "model_name": Key("model.name"),
-    "model_kwargs": Key("model.backend.forward_kwargs"),
     "autocast_lm": Key("model.autocast"),
     "compile_llm": Key("model.compile"),
     "llm_compilation_mode": Key("model.compile_mode"),
@@ -118,7 +127,6 @@ KEPT: Mapping[str, Key] = {
         for prefix in ("", "logger.")
         for name, key in {
             "wandb_log_frequency": Key("training.log_frequency"),
-            "run_name": Key("checkpoints.name"),
         }.items()
     },
 }

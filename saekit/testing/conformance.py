@@ -83,6 +83,7 @@ def check_plugin(
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
+    distribution: str | None = None,
 ) -> Report:
     """Verify that every entry of ``plugins`` (modules, or objects with hook methods) keeps what its kind promises.
 
@@ -93,11 +94,13 @@ def check_plugin(
     ``models`` has, for backends, a small model to run (what ``saekit.train(model=...)`` takes), or a
     :class:`saekit.config.ModelConfig` that names one.  ``folders`` has, for loaders, the path of an SAE's folder of
     their format, or several.  ``skip`` leaves out an entry, ``"halving"``, or a check of it, ``"halving: finite"``, and
-    says why.  ``only`` has the names of the checks that are made, while one is mended.
+    says why.  ``only`` has the names of the checks that are made, while one is mended.  ``distribution`` is that of the
+    qualified keys by which plugins name each other; None: that whose entry points the modules are, or ``test``.
 
     Returns what was checked; :class:`ConformanceError`, an AssertionError, tells all faults at once.
     """
-    report = plugin_report(*plugins, configs=configs, models=models, folders=folders, skip=skip, only=only)
+    given: dict[str, Any] = {"configs": configs, "models": models, "folders": folders, "skip": skip, "only": only}
+    report = plugin_report(*plugins, distribution=distribution, **given)
     if report.faults:
         raise ConformanceError(str(report))
     return report
@@ -110,12 +113,13 @@ def plugin_report(
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
+    distribution: str | None = None,
 ) -> Report:
     """What :func:`check_plugin` finds, as a report; faults raise nothing."""
     given = _Given(configs or {}, models or {}, folders or {}, skip or {}, only)
     outcomes = [outcome for plugin in plugins for outcome in _of_module(plugin, given)]
     try:
-        manager, items = _managed(plugins)
+        manager, items = _managed(plugins, distribution)
     except PluginError as error:
         return Report((*outcomes, Outcome("the plugin", "registration", "", fault=str(error))))
     given.check_names([item.entry.name for item in items])
@@ -156,14 +160,14 @@ class _Given:
         return tuple(map(Path, chosen if isinstance(chosen, (list, tuple)) else [chosen]))
 
 
-def _managed(plugins: Sequence[Any]) -> tuple[PluginManager, list[Registered]]:
+def _managed(plugins: Sequence[Any], distribution: str | None) -> tuple[PluginManager, list[Registered]]:
     """A manager with all of ``plugins`` and saekit's own, and the entries of ``plugins``."""
-    alone, manager = isolated_manager(*plugins), isolated_manager(builtins=True)
+    alone, manager = isolated_manager(*plugins, distribution=distribution), isolated_manager(builtins=True)
     wanted = [item for kind in KINDS for item in alone.registry(kind).items]
     own = {(kind, item.entry.name, item.entry.config) for kind in KINDS for item in manager.registry(kind).items}
     strange = not all((item.kind.name, item.entry.name, item.entry.config) in own for item in wanted)
     if strange or not wanted:
-        manager = isolated_manager(*plugins, builtins=True)
+        manager = isolated_manager(*plugins, distribution=distribution, builtins=True)
     if notes := [note for note in alone.notes if "import" not in note.text]:  # importing has a check of its own
         raise PluginError("; ".join(f"{note.plugin} {note.text}" for note in notes))
     found = [

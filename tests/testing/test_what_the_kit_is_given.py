@@ -1,4 +1,4 @@
-"""Where plugins are from, and what they are tried with: what is not said is found out, and slips of the pen are told."""
+"""Where plugins are from, and what they are tried with: what is not said is found out, slips of the pen are told."""
 
 from __future__ import annotations
 

@@ -16,12 +16,13 @@ from saekit.cautions import warn
 from saekit.errors import PluginError, PluginWarning
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins import hookspecs
+from saekit.plugins.absent import disabled, not_there
 from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.entries import check_hook_names, checked_entries, defines
-from saekit.plugins.loading import installed_points, normalized, watched
+from saekit.plugins.loading import installed_points, watched
 from saekit.plugins.registry import Entry, Registered, Registry
-from saekit.plugins.text import printable
+from saekit.plugins.text import normalized, printable
 from saekit.reasons import last_line
 
 __all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
@@ -257,10 +258,22 @@ class PluginManager:
         """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""
         return self.bound(kind, choice).options if isinstance(choice, (str, Choice)) else choice
 
-    def troubles(self) -> list[str]:
-        """Lines about the plugins that were left out."""
-        lines = [f"Plugin {failure.plugin} failed to load: {failure.reason}" for failure in self.failures]
-        return lines + [f"Plugin {plugin} is disabled by {DISABLE_VARIABLE}." for plugin in self.blocked]
+    def troubles(self, key: str = "", kind: Kind[Any] | None = None, guessed: bool = False) -> list[str]:
+        """Lines about the plugins that were left out; of a qualified ``key`` of ``kind`` that is not there, about those
+        of its distribution, or that it is not installed, unless it was ``guessed`` what is meant."""
+        distribution = normalized(key.partition(":")[0]) if ":" in key else ""
+
+        def of_it(plugin: str) -> bool:
+            return not distribution or plugin.partition(":")[0] == distribution
+
+        failures = [failure for failure in self.failures if of_it(failure.plugin)]
+        lines = [f"Plugin {failure.plugin} failed to load: {failure.reason}" for failure in failures]
+        lines += disabled(filter(of_it, self.blocked), DISABLE_VARIABLE)
+        if distribution and not lines and not guessed:
+            items = [item for registry in self.registries.values() for item in registry.items]
+            versions = [item.version for item in items if item.distribution == distribution]
+            lines.append(not_there(distribution, next(iter(versions), None), kind.label if kind else "plugin"))
+        return lines
 
 
 @functools.cache

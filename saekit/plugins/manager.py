@@ -13,7 +13,8 @@ import attrs
 import pluggy
 
 from saekit.cautions import warn
-from saekit.errors import PluginError, PluginWarning
+from saekit.config.fields import PLUGIN_KIND
+from saekit.errors import PluginError, PluginWarning, SaekitError
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins import hookspecs
 from saekit.plugins.absent import disabled, not_there
@@ -239,7 +240,8 @@ class PluginManager:
         """
         if isinstance(choice, Choice):
             return choice.build(**services)
-        return built(self.find(kind, choice), None if isinstance(choice, str) else choice, **services)
+        item = self.find(kind, choice)
+        return built(item, self.with_choices(None if isinstance(choice, str) else choice, item), **services)
 
     @overload
     def bound(self, kind: Kind[T], choice: object) -> Choice[T]: ...
@@ -252,7 +254,25 @@ class PluginManager:
         if isinstance(choice, Choice):
             return choice
         item, spelled = self.find(kind, choice), not isinstance(choice, str)
-        return Choice(item.kind, item, choice if spelled else item.entry.config(), spelled)
+        return Choice(item.kind, item, self.with_choices(choice if spelled else item.entry.config(), item), spelled)
+
+    def with_choices(self, options: Any, item: Registered) -> Any:
+        """``options`` of ``item`` (None: its defaults) with the plugins that they choose bound, as those of a
+        configuration that was loaded.  What cannot be bound stays, and is told where it is built."""
+        fields = [field for field in attrs.fields(item.entry.config) if PLUGIN_KIND in field.metadata]
+        if not fields:
+            return options
+        made: dict[str, Any] = {}
+        with contextlib.suppress(TypeError):  # an option is required; building says so
+            options = item.entry.config() if options is None else options
+        for field in fields if options is not None else ():
+            kind, value = field.metadata[PLUGIN_KIND], getattr(options, field.name)
+            with contextlib.suppress(SaekitError):
+                several = isinstance(value, (tuple, list))
+                bound = [self.bound(kind, one) for one in (value if several else [value]) if one is not None]
+                if bound:
+                    made[field.alias or field.name] = tuple(bound) if several else bound[0]
+        return attrs.evolve(options, **made) if made else options
 
     def options(self, kind: Kind[Any] | str, choice: object) -> Any:
         """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""

@@ -13,6 +13,7 @@ from saekit_plugins.architectures.topk.module import TopKSAE
 from support.faulty.step_kernels import Doubled
 
 import saekit
+from saekit.config import PluginChoice, plugin_field
 from saekit.kinds import LR_SCHEDULES
 from saekit.testing import fake_plugin, isolated_manager, plugin_of, plugin_report
 
@@ -60,3 +61,30 @@ def test_kernels_for_an_architecture_of_ones_own_are_tried() -> None:
     assert "give its module, too, check_plugin(kernel, architecture), and distribution='own-dist'" in str(alone)
     report = plugin_report(kernel, architecture, only=["steps"], distribution="own-dist")
     assert "the gradient of W_dec (own-dist:own)" in str(report)
+
+
+@attrs.frozen(kw_only=True)
+class HalfConfig:
+    """Options that choose another plugin."""
+
+    of: PluginChoice = plugin_field("lr_schedules", "cosine")
+    """The schedule that is halved."""
+
+
+class Half:
+    def __init__(self, config: HalfConfig, *, lr: float, steps: int) -> None:
+        self.inner = config.of.build(lr=lr, steps=steps)
+        self.end = self.inner.end / 2
+
+    def __call__(self, step: int) -> float:
+        return float(self.inner(step) / 2)
+
+
+def test_a_plugin_that_chooses_another() -> None:
+    """Its choice is bound where a key, or options that were made in code, choose it, as in a configuration."""
+    half = plugin_of("lr_schedules", saekit.Entry("half", HalfConfig, Half))
+    report = plugin_report(half, configs={"half": [HalfConfig(), HalfConfig(of=HalfConfig(of="constant"))]})
+    assert not report.faults, report
+    plugins = isolated_manager(half, builtins=True)
+    for choice in ("half", HalfConfig(), HalfConfig(of=HalfConfig()), plugins.bound("lr_schedules", HalfConfig())):
+        assert plugins.build("lr_schedules", choice, lr=1.0, steps=100)(0) in (0.5, 0.25)

@@ -44,7 +44,7 @@ class Subject:
 
     def build(self, **services: Any) -> Any:
         """What the entry builds, with its kind's services."""
-        return built(self.item, self.options, **services)
+        return built(self.item, self.plugins.with_choices(self.options, self.item), **services)
 
 
 @attrs.frozen

@@ -109,12 +109,16 @@ class PluginManager:
         other.failures, other.notes, other.blocked = list(self.failures), list(self.notes), list(self.blocked)
         return other
 
-    def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
+    def register(
+        self, plugin: object, *, name: str | None = None, distribution: str = "local", version: str = ""
+    ) -> None:
         """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it.
 
+        ``name`` stands for it in messages; None: that of the module, or of the object's class.
         :class:`PluginError` names the plugin and what is wrong with it, whatever its own code raises.
         """
         distribution, version = printable(distribution), printable(version)
+        name = getattr(plugin, "__name__", type(plugin).__name__) if name is None else name
         full_name = f"{distribution}:{printable(name)}"
         with watched() as notes:
             try:

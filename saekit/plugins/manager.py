@@ -21,7 +21,7 @@ from saekit.plugins.absent import disabled, not_there
 from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.entries import check_hook_names, checked_entries, defines
-from saekit.plugins.loading import installed_points, watched
+from saekit.plugins.loading import Point, installed_points, watched
 from saekit.plugins.registry import Entry, Registered, Registry
 from saekit.plugins.text import normalized, printable
 from saekit.reasons import last_line
@@ -73,15 +73,20 @@ class PluginManager:
         if disabled is None:
             disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
         self._disabled = {name.strip() for name in disabled if name.strip()}
+        asked = sorted(self._disabled)
         # A distribution may be written in any spelling of its name, an entry point only in its own.
-        self._disabled |= {":".join([normalized(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
+        self._disabled |= set(map(_spelled, self._disabled))
         if discover:
-            self._discover()
+            points = installed_points()
+            self._discover(points)
+            names = {name for point in points for name in (point.distribution, point.name, point.plugin)}
+            if missed := [name for name in asked if not {name, _spelled(name)} & names]:
+                _tell(f"{DISABLE_VARIABLE} names {printable(', '.join(missed))}, which is no plugin that is installed")
 
     # ---- loading
 
-    def _discover(self) -> None:
-        for point in installed_points():
+    def _discover(self, points: Iterable[Point]) -> None:
+        for point in points:
             plugin = point.plugin
             if self._disabled & {point.distribution, point.name, plugin}:
                 self.blocked.append(plugin)
@@ -206,12 +211,7 @@ class PluginManager:
     def _fail(self, plugin: str, version: str, reason: str) -> None:
         reason = printable(reason)
         self.failures.append(Failure(plugin, version, reason))
-        text = f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}"
-        try:
-            warn(text, PluginWarning)
-        except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
-            with contextlib.suppress(Exception):
-                sys.stderr.write(f"warning: {text}\n")
+        _tell(f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}")
 
     # ---- looking up
 
@@ -298,6 +298,20 @@ class PluginManager:
             versions = [item.version for item in items if item.distribution == distribution]
             lines.append(not_there(distribution, next(iter(versions), None), kind.label if kind else "plugin"))
         return lines
+
+
+def _spelled(name: str) -> str:
+    """A name of a plugin, with the one spelling of its distribution."""
+    distribution, colon, point = name.partition(":")
+    return f"{normalized(distribution)}{colon}{point}"
+
+
+def _tell(text: str) -> None:
+    try:
+        warn(text, PluginWarning)
+    except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"warning: {text}\n")
 
 
 @functools.cache

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import pytest
 
 import saekit
-from saekit.errors import ConfigError, UnknownKeyError
+from saekit.errors import ConfigError, PluginFailedError, PluginWarning, UnknownKeyError
+from saekit.plugins import listing
 from saekit.plugins.manager import Failure, PluginManager
 from saekit.testing import fake_plugin, isolated_manager
+from saekit.training.schedule import SupervisedSchedule
 
 KIND = "lr_schedules"
 LISTS = "`saekit plugins lr_schedules` lists the LR schedules that there are."
@@ -66,3 +68,25 @@ def test_problems_of_a_configuration_say_once_what_there_is() -> None:
     assert lines.count("Registered evals:") == lines.count("Plugin other:x failed to load: ValueError") == 1
     assert len(caught.value.problems) == 3
     assert all("Plugin other:x failed" in text for _, text in caught.value.problems)
+
+
+def test_why_a_plugin_that_is_looked_for_was_left_out() -> None:
+    manager = isolated_manager(builtins=True)
+    failed(manager)
+    for name, said in (("saex:zz", ["saex:sched"]), ("zz", ["saex:sched", "other:x"])):
+        with pytest.raises(UnknownKeyError, match=f"^there is no plugin '{name}'") as caught:
+            listing.found(manager, name)
+        assert [line.split()[1] for line in str(caught.value).splitlines()[1:]] == said
+
+
+def test_a_name_that_disables_nothing_is_told() -> None:
+    said = "SAEKIT_DISABLE_PLUGINS names nosuch, which is no plugin that is installed"
+    with pytest.warns(PluginWarning, match=said):
+        PluginManager(disabled=["nosuch", "SAEKIT:topk", "relu"])
+
+
+def test_a_remark_that_is_no_text() -> None:
+    schedule = type("Remarking", (), {"end": 0.0, "__call__": lambda *_: 0.0, "remark": lambda _: 5})()
+    item = isolated_manager(fake_plugin(KIND)).get(KIND, "fake")
+    with pytest.raises(PluginFailedError, match=r"'test:fake' .*: remark returned 5, expected a text or None"):
+        SupervisedSchedule(schedule, item).remark()

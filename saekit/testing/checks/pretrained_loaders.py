@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import ConvertsConfigs, KnowsParts, WritesSAEs
+from saekit.config.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import PluginFailedError, SAEFormatError, SaekitError
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
@@ -250,12 +251,12 @@ def _to_be_written(subject: Subject) -> Iterator[tuple[str, str, SAEModule]]:
 
     for folder in subject.folders:
         yield f"the SAE in {folder}", folder.name, _loaded(subject, folder)
-    options = {"name": "saekit:standard", "d_in": 8, "d_sae": 16}
+    options = {"name": DEFAULT_ARCHITECTURE, "d_in": 8, "d_sae": 16}
     sae = made_from(options, None, 0, "cpu", subject.plugins)
     for name in ("b_enc", "b_dec"):  # which start at zero
         bias = getattr(sae, name).data
         bias.copy_(torch.randn(bias.shape, generator=seeded(len(bias))) / 8)
-    yield "a standard SAE of no site", "written", sae
+    yield "an SAE of the default architecture, of no site", "written", sae
 
 
 def _must_be_the_same(again: SAEModule, sae: SAEModule, where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import ConvertsConfigs, KnowsParts, WritesSAEs
-from saekit.config.defaults import DEFAULT_ARCHITECTURE
+from saekit.defaults import DEFAULT_ARCHITECTURE
 from saekit.errors import PluginFailedError, SAEFormatError, SaekitError
 from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae

@@ -155,7 +155,8 @@ class Own:
 @pytest.mark.usefixtures("one_thread")
 def test_sources_with_data_of_their_own() -> None:
     plugin = fake_plugin("activation_sources", build=Own, needs_text=False)
-    assert "there is only mine" in str(plugin_report(plugin, only=["batches"]))
+    said = str(plugin_report(plugin, only=["build"]))
+    assert "there is only mine; of a source with data of its own say of which site it has them: sites={'fake'" in said
     checks = [check.name for check in activation_sources.CHECKS if check.name != "two_processes"]
     assert not plugin_report(plugin, sites={"fake": "mine"}, only=checks).faults
     report = plugin_report(fake_plugin("activation_sources", build=Wider), sites={"fake": "mine"}, only=["batches"])

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import HasMemory, KeepsRecipe, Pauses, StatesForwards, StatesRows, StatesWidths
+from saekit.errors import SaekitError
+from saekit.reasons import error_text
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.source_forwards import fault_of_forwards
 from saekit.testing.backend import FakeBackend
-from saekit.testing.checks.check import Checks, NotTried, Subject, must
+from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_be_equal
 from saekit.testing.checks.spread_sources import must_share
 from saekit.values import Batch
@@ -85,8 +87,16 @@ def _batches(source: Any, n: int) -> list[dict[str, Any]]:
 @CHECKS.add
 def build(subject: Subject) -> None:
     """It is built from its options and a stream, and keeps to its protocol."""
-    with _opened(subject):
-        pass
+    try:
+        with _opened(subject):
+            pass
+    except SaekitError as error:
+        if subject.sites:
+            raise
+        raise Fault(
+            f"asked for {_SITE.name} it raised {error_text(error)}; of a source with data of its own say of which site "
+            f"it has them: sites={{{subject.item.entry.name!r}: ...}}"
+        ) from error
 
 
 @CHECKS.add

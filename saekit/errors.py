@@ -45,7 +45,19 @@ class ConfigError(SaekitError, ValueError):
         if len(lines) == 1:
             super().__init__(lines[0] if source.startswith("the ") else f"{lines[0]} (in {source})")
         else:
-            super().__init__("\n".join([f"{source} has {len(lines)} problems:", *(f"  - {line}" for line in lines)]))
+            said = _once(lines)
+            super().__init__("\n".join([f"{source} has {len(lines)} problems:", *(f"  - {line}" for line in said)]))
+
+
+def _once(texts: Sequence[str]) -> list[str]:
+    """The same texts; of what follows their first lines, such as lists of what there is, nothing twice."""
+    seen: set[str] = set()
+    kept = []
+    for text in texts:
+        first, *others = text.split("\n")
+        kept.append("\n".join([first, *(line for line in others if line not in seen)]))
+        seen.update(others)
+    return kept
 
 
 class PluginError(SaekitError):

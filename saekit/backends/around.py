@@ -12,6 +12,7 @@ from saekit.abilities import HasModel, HasTokenizer, TranslatesHooks
 from saekit.ambient import ambient
 from saekit.config import ModelConfig
 from saekit.config.files import load_config
+from saekit.devices import resolve_device
 from saekit.errors import ModelError, SaekitError
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
@@ -49,7 +50,12 @@ def as_backend(model: object, plugins: PluginManager | None = None) -> ModelBack
 
 
 def built_backend(config: ModelConfig, plugins: PluginManager, loaded: object | None) -> ModelBackend:
-    """The backend that ``config`` chooses, of its model or around the one that is ``loaded``."""
+    """The backend that ``config`` chooses, of its model or around the one that is ``loaded``.
+
+    It is given the device that ``auto`` stands for.
+    """
+    if config.device == "auto":
+        config = attrs.evolve(config, device=resolve_device(config.device, "model.device", config.dtype))
     with ambient():
         return plugins.build(MODEL_BACKENDS, config.backend, model=config, loaded=loaded)
 

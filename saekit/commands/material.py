@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from saekit.abilities import HasModel
+from saekit.backends.around import built_backend
 from saekit.cautions import warn
 from saekit.commands.looking import backend_of, corpus_of, load_model
 from saekit.commands.subjects import Subject
@@ -176,8 +177,8 @@ class Material:
     def _of_run(self, model: ModelConfig) -> ModelBackend:
         model = model if self.device == "auto" else attrs.evolve(model, device=self.device)
         model = model if self.model is None else attrs.evolve(model, name=str(self.model))
-        build, key = self.plugins.build, repr(plain_config(model, self.plugins))
-        return self._opened(key, model.name, lambda: build(MODEL_BACKENDS, model.backend, model=model, loaded=None))
+        key = repr(plain_config(model, self.plugins))
+        return self._opened(key, model.name, lambda: built_backend(model, self.plugins, None))
 
     def _named(self, subject: Subject, name: str | None, model: ModelConfig | None) -> ModelBackend:
         from saekit.splicing.doubts import model_name_of

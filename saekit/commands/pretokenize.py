@@ -25,6 +25,7 @@ import numpy as np
 from saekit._version import __version__
 from saekit.abilities import HasTokenizer
 from saekit.ambient import ambient
+from saekit.backends.around import built_backend
 from saekit.backends.special import special_tokens
 from saekit.commands.targets import WITH_A_TOKEN, check_target, check_tokenizer
 from saekit.config import EvalsConfig, PretokenizeConfig
@@ -131,7 +132,7 @@ def _opened(
         check_tokenizer(config.tokenizer)
         tokenizer = _named_tokenizer(config.tokenizer, plugins)
     else:
-        backend = plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
+        backend = built_backend(config.model, plugins, model)
         tokenizer = backend.tokenizer if isinstance(backend, HasTokenizer) else None
         if tokenizer is None:
             raise ModelError(

@@ -103,9 +103,11 @@ def find_recipe(name: str, plugins: PluginManager | None = None) -> Recipe:
 
 
 def listed(known: Sequence[Recipe]) -> list[str]:
-    """A line for each: its name and what it trains."""
-    width = max((len(one.name) for one in known), default=0)
-    return [f"  {one.name:{width}}  {one.summary}" for one in known]
+    """A line for each: its name, which is the qualified one where several have it, and what it trains."""
+    having = Counter(one.name for one in known)
+    names = [one.name if having[one.name] == 1 else one.key for one in known]
+    width = max(map(len, names), default=0)
+    return [f"  {name:{width}}  {one.summary}" for name, one in zip(names, known, strict=True)]
 
 
 def recipe(name: str, overrides: Iterable[str] = (), *, plugins: PluginManager | None = None) -> TrainConfig:

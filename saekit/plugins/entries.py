@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import itertools
 import re
@@ -17,6 +18,7 @@ from saekit.plugins.text import printable, short
 
 __all__ = ["check_hook_names", "checked_entries", "defines"]
 
+_PREFIX = "saekit_register_"
 _MOST = 1000  # entries of one hook: a generator that never ends is a fault
 
 
@@ -30,7 +32,9 @@ def check_hook_names(plugin: object) -> None:
             raise PluginError(f"{name} lacks the @saekit.hookimpl mark, so it would never be called")
         looks_like = marked or (name.startswith("saekit_") and callable(member))
         if looks_like and name not in known:
-            raise PluginError(f"there is no hook {name}; the hooks are {', '.join(sorted(known))}")
+            near = difflib.get_close_matches(name, known, n=1)
+            meant = f". Did you mean {near[0]}?" if near else f"; the hooks are {_PREFIX}..., of {', '.join(KINDS)}"
+            raise PluginError(f"there is no hook {name}{meant}")
 
 
 def checked_entries(hook: str, returned: object) -> list[Entry]:
@@ -45,6 +49,9 @@ def checked_entries(hook: str, returned: object) -> list[Entry]:
             raise PluginError(f"{hook} returned {short(entry)} among its entries, expected a saekit.Entry")
         if fault := _fault(entry):
             raise PluginError(f"{hook}: entry {short(entry.name)}: {fault}")
+    names = [entry.name for entry in entries]
+    if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        raise PluginError(f"{hook}: there are several entries {twice[0]!r}; give each a name of its own")
     _check_own_classes(hook, entries)
     return entries
 

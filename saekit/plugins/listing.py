@@ -26,7 +26,9 @@ def found(manager: PluginManager, name: str) -> Registered:
     """
     kind, colon, key = name.partition(":")
     items = [item for registry in manager.registries.values() for item in registry.items]
-    if colon and (is_kind(kind) or kind not in {item.distribution for item in items}):
+    left_out = [*(failure.plugin for failure in manager.failures), *manager.blocked]
+    known = {item.distribution for item in items} | {plugin.partition(":")[0] for plugin in left_out}
+    if colon and (is_kind(kind) or kind not in known):
         return manager.get(kind_named(kind), key)
     fits = [item for item in items if name in (item.entry.name, item.key)]
     if len(fits) == 1:
@@ -37,7 +39,8 @@ def found(manager: PluginManager, name: str) -> Registered:
     keys = {item.key if colon else item.entry.name for item in items}
     close = difflib.get_close_matches(name, keys, n=3)
     hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    raise UnknownKeyError(f"there is no plugin {name!r}.{hint} `saekit plugins` lists all there are")
+    lines = [f"there is no plugin {name!r}.{hint} `saekit plugins` lists all there are"]
+    raise UnknownKeyError("\n".join(lines + manager.troubles(name, guessed=bool(close))))
 
 
 def _alone(item: Registered, others: list[Registered]) -> bool:

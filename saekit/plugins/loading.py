@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
-import re
 import sys
 import threading
 import time
@@ -17,10 +16,10 @@ import attrs
 
 from saekit.cautions import stands_between
 from saekit.errors import PluginError
-from saekit.plugins.text import printable, short
+from saekit.plugins.text import normalized, printable, short
 from saekit.reasons import last_line
 
-__all__ = ["Point", "installed_points", "normalized", "watched"]
+__all__ = ["Point", "installed_points", "watched"]
 
 _GROUP = "saekit"
 _SLOW = 0.5
@@ -105,11 +104,6 @@ def _owner(distribution: importlib.metadata.Distribution | None) -> tuple[str, s
     except Exception:  # a METADATA that is missing or no text
         name, version = None, None
     return normalized(printable(name or "unknown")), printable(version or "")[:60]
-
-
-def normalized(distribution: str) -> str:
-    """PEP 503."""
-    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _fault(point: Any, distribution: str, *, shared: bool) -> str | None:

@@ -13,15 +13,17 @@ import attrs
 import pluggy
 
 from saekit.cautions import warn
-from saekit.errors import PluginError, PluginWarning
+from saekit.config.fields import PLUGIN_KIND
+from saekit.errors import PluginError, PluginWarning, SaekitError
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins import hookspecs
+from saekit.plugins.absent import disabled, not_there
 from saekit.plugins.building import built
 from saekit.plugins.choice import Choice
 from saekit.plugins.entries import check_hook_names, checked_entries, defines
-from saekit.plugins.loading import installed_points, normalized, watched
+from saekit.plugins.loading import Point, installed_points, watched
 from saekit.plugins.registry import Entry, Registered, Registry
-from saekit.plugins.text import printable
+from saekit.plugins.text import normalized, printable
 from saekit.reasons import last_line
 
 __all__ = ["DISABLE_VARIABLE", "Failure", "Note", "PluginManager", "default_manager"]
@@ -71,15 +73,20 @@ class PluginManager:
         if disabled is None:
             disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
         self._disabled = {name.strip() for name in disabled if name.strip()}
+        asked = sorted(self._disabled)
         # A distribution may be written in any spelling of its name, an entry point only in its own.
-        self._disabled |= {":".join([normalized(d), *rest]) for d, *rest in (n.split(":", 1) for n in self._disabled)}
+        self._disabled |= set(map(_spelled, self._disabled))
         if discover:
-            self._discover()
+            points = installed_points()
+            self._discover(points)
+            names = {name for point in points for name in (point.distribution, point.name, point.plugin)}
+            if missed := [name for name in asked if not {name, _spelled(name)} & names]:
+                _tell(f"{DISABLE_VARIABLE} names {printable(', '.join(missed))}, which is no plugin that is installed")
 
     # ---- loading
 
-    def _discover(self) -> None:
-        for point in installed_points():
+    def _discover(self, points: Iterable[Point]) -> None:
+        for point in points:
             plugin = point.plugin
             if self._disabled & {point.distribution, point.name, plugin}:
                 self.blocked.append(plugin)
@@ -107,12 +114,16 @@ class PluginManager:
         other.failures, other.notes, other.blocked = list(self.failures), list(self.notes), list(self.blocked)
         return other
 
-    def register(self, plugin: object, *, name: str, distribution: str = "local", version: str = "") -> None:
+    def register(
+        self, plugin: object, *, name: str | None = None, distribution: str = "local", version: str = ""
+    ) -> None:
         """Add one plugin (a module or any object with hook methods), all of it or, raising, nothing of it.
 
+        ``name`` stands for it in messages; None: that of the module, or of the object's class.
         :class:`PluginError` names the plugin and what is wrong with it, whatever its own code raises.
         """
         distribution, version = printable(distribution), printable(version)
+        name = getattr(plugin, "__name__", type(plugin).__name__) if name is None else name
         full_name = f"{distribution}:{printable(name)}"
         with watched() as notes:
             try:
@@ -200,12 +211,7 @@ class PluginManager:
     def _fail(self, plugin: str, version: str, reason: str) -> None:
         reason = printable(reason)
         self.failures.append(Failure(plugin, version, reason))
-        text = f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}"
-        try:
-            warn(text, PluginWarning)
-        except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
-            with contextlib.suppress(Exception):
-                sys.stderr.write(f"warning: {text}\n")
+        _tell(f"plugin {plugin} {version}".rstrip() + f" was left out: {reason}")
 
     # ---- looking up
 
@@ -238,7 +244,8 @@ class PluginManager:
         """
         if isinstance(choice, Choice):
             return choice.build(**services)
-        return built(self.find(kind, choice), None if isinstance(choice, str) else choice, **services)
+        item = self.find(kind, choice)
+        return built(item, self.with_choices(None if isinstance(choice, str) else choice, item), **services)
 
     @overload
     def bound(self, kind: Kind[T], choice: object) -> Choice[T]: ...
@@ -251,16 +258,60 @@ class PluginManager:
         if isinstance(choice, Choice):
             return choice
         item, spelled = self.find(kind, choice), not isinstance(choice, str)
-        return Choice(item.kind, item, choice if spelled else item.entry.config(), spelled)
+        return Choice(item.kind, item, self.with_choices(choice if spelled else item.entry.config(), item), spelled)
+
+    def with_choices(self, options: Any, item: Registered) -> Any:
+        """``options`` of ``item`` (None: its defaults) with the plugins that they choose bound, as those of a
+        configuration that was loaded.  What cannot be bound stays, and is told where it is built."""
+        fields = [field for field in attrs.fields(item.entry.config) if PLUGIN_KIND in field.metadata]
+        if not fields:
+            return options
+        made: dict[str, Any] = {}
+        with contextlib.suppress(TypeError):  # an option is required; building says so
+            options = item.entry.config() if options is None else options
+        for field in fields if options is not None else ():
+            kind, value = field.metadata[PLUGIN_KIND], getattr(options, field.name)
+            with contextlib.suppress(SaekitError):
+                several = isinstance(value, (tuple, list))
+                bound = [self.bound(kind, one) for one in (value if several else [value]) if one is not None]
+                if bound:
+                    made[field.alias or field.name] = tuple(bound) if several else bound[0]
+        return attrs.evolve(options, **made) if made else options
 
     def options(self, kind: Kind[Any] | str, choice: object) -> Any:
         """The options object that ``choice`` stands for: a key stands for the defaults of its entry."""
         return self.bound(kind, choice).options if isinstance(choice, (str, Choice)) else choice
 
-    def troubles(self) -> list[str]:
-        """Lines about the plugins that were left out."""
-        lines = [f"Plugin {failure.plugin} failed to load: {failure.reason}" for failure in self.failures]
-        return lines + [f"Plugin {plugin} is disabled by {DISABLE_VARIABLE}." for plugin in self.blocked]
+    def troubles(self, key: str = "", kind: Kind[Any] | None = None, guessed: bool = False) -> list[str]:
+        """Lines about the plugins that were left out; of a qualified ``key`` of ``kind`` that is not there, about those
+        of its distribution, or that it is not installed, unless it was ``guessed`` what is meant."""
+        distribution = normalized(key.partition(":")[0]) if ":" in key else ""
+
+        def of_it(plugin: str) -> bool:
+            return not distribution or plugin.partition(":")[0] == distribution
+
+        failures = [failure for failure in self.failures if of_it(failure.plugin)]
+        lines = [f"Plugin {failure.plugin} failed to load: {failure.reason}" for failure in failures]
+        lines += disabled(filter(of_it, self.blocked), DISABLE_VARIABLE)
+        if distribution and not lines and not guessed:
+            items = [item for registry in self.registries.values() for item in registry.items]
+            versions = [item.version for item in items if item.distribution == distribution]
+            lines.append(not_there(distribution, next(iter(versions), None), kind.label if kind else "plugin"))
+        return lines
+
+
+def _spelled(name: str) -> str:
+    """A name of a plugin, with the one spelling of its distribution."""
+    distribution, colon, point = name.partition(":")
+    return f"{normalized(distribution)}{colon}{point}"
+
+
+def _tell(text: str) -> None:
+    try:
+        warn(text, PluginWarning)
+    except PluginWarning:  # warnings are errors; a stranger's plugin must still stop nobody
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"warning: {text}\n")
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import attrs
 
 from saekit.errors import AmbiguousKeyError, MissingPackageError, UnknownKeyError
 from saekit.kinds import Kind
-from saekit.plugins.text import printable
+from saekit.plugins.text import normalized, printable
 
 __all__ = ["Entry", "Registered", "Registry"]
 
@@ -100,17 +100,18 @@ class Registry:
         self.kind = kind
         self.items: list[Registered] = []
 
-    def get(self, key: str, troubles: Callable[[], Iterable[str]] = tuple) -> Registered:
+    def get(self, key: str, troubles: Callable[[str, Kind[Any], bool], Iterable[str]] | None = None) -> Registered:
         """The entry of a bare or qualified ``key``.
 
-        ``troubles`` gives the lines about plugins that were left out; they are part of the "unknown" message.
+        ``troubles(key, kind, guessed)`` gives lines about plugins that were left out, or are not installed, for the
+        "unknown" message; ``guessed`` says whether a key like it was found.
         """
         found = [item for item in self.items if key in (item.entry.name, item.key)]
         if len(found) == 1:
             return found[0]
         if found:
             raise AmbiguousKeyError(self._ambiguous(key, found))
-        raise UnknownKeyError(self._unknown(key, list(troubles())))
+        raise UnknownKeyError(self._unknown(key, troubles or (lambda *_: ())))
 
     def of_config(self, config: object) -> Registered:
         """The entry whose options ``config`` is an instance of."""
@@ -142,19 +143,34 @@ class Registry:
         keys = _listed(f"'{item.key}'" for item in found)
         return f"{self.kind.label} '{key}' is supplied by several distributions ({owners}). Write one of {keys}."
 
-    def _unknown(self, key: str, troubles: list[str]) -> str:
+    def _unknown(self, key: str, troubles: Callable[[str, Kind[Any], bool], Iterable[str]]) -> str:
         lines = [f"Unknown {self.kind.label} '{key}'."]
-        names = [item.key if ":" in key else item.entry.name for item in self.items]
-        folded = {name.casefold(): name for name in names}
-        close = difflib.get_close_matches(key.casefold(), folded, n=3, cutoff=0.6)
-        if close:
-            lines[0] += f" Did you mean {_listed((repr(folded[name]) for name in close), last='or')}?"
-        distribution = key.partition(":")[0] if ":" in key else ""
-        if distribution and distribution not in {item.distribution for item in self.items} and not close:
-            lines.append(f"No installed plugin comes from '{distribution}': try pip install {distribution}")
-        lines.append(f"Registered {self.kind.labels}:")
-        lines += [f"  {self._described(item)}" for item in self.items] or ["  none"]
-        return printable("\n".join(lines + troubles), keep="\n")  # the key, too, may come from a stranger's file
+        near = self._near(key)
+        if near:
+            lines[0] += f" Did you mean {_listed(map(repr, near), last='or')}?"
+        distribution = normalized(key.partition(":")[0]) if ":" in key else ""
+        listed = [f"Registered {self.kind.labels}:", *(f"  {self._described(item)}" for item in self.items)]
+        if not distribution or distribution in {item.distribution for item in self.items}:
+            lines += listed if self.items else [*listed, "  none"]
+            lines += troubles(key, self.kind, bool(near))
+        else:  # what others have of the kind is no answer
+            lines += troubles(key, self.kind, bool(near))
+            lines.append(f"`saekit plugins {self.kind}` lists the {self.kind.labels} that there are.")
+        return printable("\n".join(lines), keep="\n")  # the key, too, may come from a stranger's file
+
+    def _near(self, key: str) -> list[str]:
+        """Keys like ``key``; of a qualified one, those of the distribution that it names, or of one spelled alike."""
+        items = self.items
+        if ":" in key:
+            distribution, known = normalized(key.partition(":")[0]), {item.distribution for item in items}
+            if distribution not in known:
+                alike = difflib.get_close_matches(distribution, known, n=1, cutoff=0.8)
+                items = [item for item in items if item.distribution in alike]
+            else:
+                items = [item for item in items if item.distribution == distribution]
+        folded = {item.entry.name.casefold(): item.key if ":" in key else item.entry.name for item in items}
+        name = key.partition(":")[2] if ":" in key else key
+        return [folded[one] for one in difflib.get_close_matches(name.casefold(), folded, n=3, cutoff=0.6)]
 
     @staticmethod
     def _described(item: Registered) -> str:

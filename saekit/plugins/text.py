@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import unicodedata
 
-__all__ = ["printable", "short"]
+__all__ = ["normalized", "printable", "short"]
 
 
 def printable(text: object, *, keep: str = "") -> str:
@@ -29,3 +30,8 @@ def short(value: object, longest: int = 60) -> str:
     except Exception:
         text = f"an object of {type(value).__name__} whose repr fails"
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def normalized(distribution: str) -> str:
+    """The one spelling of a distribution's name (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()

@@ -19,6 +19,7 @@ from saekit.files.paths import as_path
 from saekit.files.storage import write_text
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.plugins.building import blamed, built, returned
+from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
 from saekit.pretrained.detecting import usable
@@ -62,11 +63,28 @@ def convert_config(table: Mapping[str, Any], *, plugins: PluginManager | None = 
             "its keys. Expected the file that the library saves of a run's options"
         )
     (converted,) = found.values()
-    load_config(dict(converted.table), plugins=plugins)
+    table = _qualified(converted.table, load_config(dict(converted.table), plugins=plugins))
     order = [field.name for field in attrs.fields(TrainConfig)]
-    return attrs.evolve(
-        converted, table={name: converted.table[name] for name in sorted(converted.table, key=order.index)}
-    )
+    return attrs.evolve(converted, table={name: table[name] for name in sorted(table, key=order.index)})
+
+
+def _qualified(table: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """``table`` with the qualified keys of the plugins that it chooses, as ``config``, which it was loaded as, has
+    them."""
+    own = {field.name: getattr(config, field.name) for field in attrs.fields(type(config))}
+    return {name: _value(value, own[name]) if name in own else value for name, value in table.items()}
+
+
+def _value(value: Any, own: Any) -> Any:
+    if isinstance(own, Choice):
+        if isinstance(value, Mapping):
+            return {"name": own.key} | _qualified(
+                {key: one for key, one in value.items() if key != "name"}, own.options
+            )
+        return own.key if isinstance(value, str) else value
+    if isinstance(value, list) and isinstance(own, tuple) and len(value) == len(own):
+        return [_value(*both) for both in zip(value, own, strict=True)]
+    return _qualified(value, own) if isinstance(value, Mapping) and attrs.has(type(own)) else value
 
 
 def _converted(item: Registered, loader: ConvertsConfigs, table: Mapping[str, Any]) -> ConvertedConfig | None:

@@ -19,6 +19,7 @@ from saekit.kinds import INPUT_TRANSFORMS, PRETRAINED_LOADERS, SAE_ARCHITECTURES
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.registry import Registered
+from saekit.plugins.text import short
 from saekit.pretrained.detecting import detected, read_with
 from saekit.pretrained.overriding import overridden
 from saekit.pretrained.provenance import OWN, checksums, provenance, verify
@@ -87,6 +88,7 @@ def load_sae(
                     device=device,
                     spent=True,
                     features=features,
+                    loader=key,
                 )
             except SAEFormatError as error:
                 raise _of_files(error, files) from error
@@ -167,12 +169,14 @@ def build_sae(
     device: str = "cpu",
     spent: bool = False,
     features: Group | None = None,
+    loader: str = "",
 ) -> SAEModule:
     """The module that ``read`` describes, with its weights; nothing in it is taken for right unchecked.
 
-    ``place`` is for messages; ``own``: it was read from a folder that saekit wrote.  ``dtype`` is that of its weights,
-    by default the one that they were read in, and ``device`` where they are put.  ``spent``: ``read.tensors`` is a
-    dictionary that may be emptied, so that hardly anything is in memory twice.  ``features``: see :func:`load_sae`.
+    ``place`` and ``loader``, its key, are for messages; ``own``: it was read from a folder that saekit wrote.
+    ``dtype`` is that of its weights, by default the one that they were read in, and ``device`` where they are put.
+    ``spent``: ``read.tensors`` is a dictionary that may be emptied, so that hardly anything is in memory twice.
+    ``features``: see :func:`load_sae`.
     """
     import torch
 
@@ -180,7 +184,7 @@ def build_sae(
     from saekit.sae.parameters import to_hold
     from saekit.sae.taking import take_over
 
-    _check(read, place)
+    _check(read, place, loader)
     item = _architecture(read, plugins, place)
     config = _config(read, item, plugins, place, own)
     ports = _ports(read, config, place)
@@ -240,13 +244,24 @@ def _type_while_read(sae: SAEModule, read: PretrainedSAE, wanted: str | None) ->
     return found if plain and read.activation_scale in (None, 1) else own
 
 
-def _check(read: PretrainedSAE, place: str) -> None:
+_EXPECTED: Mapping[str, tuple[Any, str]] = {
+    "architecture": (str, "the key of an architecture, a text"),
+    "options": (Mapping, "a dict"),
+    "tensors": (Mapping, "a dict of tensors"),
+    "metadata": (Mapping, "a dict"),
+    "site": (Site | None, "a saekit.Site, such as saekit.Site(hook_name=...), or None"),
+    "sites": (Sites | None, "a saekit.Sites, or None"),
+    "ports": (Ports | None, "a saekit.Ports, or None"),
+}
+
+
+def _check(read: PretrainedSAE, place: str, loader: str) -> None:
     from saekit.weights import check_tensor, check_tensors
 
-    expected = (("options", Mapping), ("tensors", Mapping), ("metadata", Mapping), ("site", Site | None))
-    for name, kind in (("architecture", str), *expected, ("sites", Sites | None), ("ports", Ports | None)):
+    for name, (kind, expected) in _EXPECTED.items():
         if not isinstance(value := getattr(read, name), kind):
-            raise SAEFormatError(f"the loader of {place} gave {value!r} as {name}")
+            by = f"the loader {loader}" if loader else "its loader"
+            raise SAEFormatError(f"the SAE in {place}: {by} gave {short(value)} as {name}, expected {expected}")
     _check_ports(read, place)
     check_tensors(read.tensors, place)
     if read.log_sparsity is not None:

@@ -12,6 +12,7 @@ from typing import TypeAlias
 import attrs
 
 from saekit.abilities import HasModel, KeepsRecipe, StatesRows, StatesWidths
+from saekit.backends.around import built_backend
 from saekit.backends.base import no_hook
 from saekit.backends.loading import check_nothing_attached
 from saekit.cautions import warn
@@ -97,7 +98,7 @@ def build_backend(config: TrainConfig, plugins: PluginManager, model: object | N
     """The model, whether it fits or not; ``model`` may be a backend, of :func:`saekit.load_model`, around one."""
     if MODEL_BACKENDS.is_met_by(model):
         model = model.model if isinstance(model, HasModel) else model
-    return plugins.build(MODEL_BACKENDS, config.model.backend, model=config.model, loaded=model)
+    return built_backend(config.model, plugins, model)
 
 
 def warn_of(text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import tempfile
 import warnings
@@ -12,11 +13,13 @@ from typing import Any
 import attrs
 
 from saekit.ambient import ambient
+from saekit.config.converter import ConfigConverter
 from saekit.errors import PluginError
 from saekit.kinds import KINDS, MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.reasons import error_text
+from saekit.site import Site
 from saekit.testing.checks.check import Check, Checks, Fault, NotTried, Subject
 from saekit.testing.checks.every_kind import OF_EVERY_KIND, check_import
 from saekit.testing.checks.surroundings import changed, surroundings
@@ -83,21 +86,28 @@ def check_plugin(
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
+    sites: Mapping[str, Any] | None = None,
+    distribution: str | None = None,
 ) -> Report:
     """Verify that every entry of ``plugins`` (modules, or objects with hook methods) keeps what its kind promises.
 
     Several are checked together: one may choose another, as an architecture does an activation function of its own.
     saekit's own plugins are there, too, and nobody else's.
 
-    ``configs`` has by the names of entries the options to try them with, one or several; else they are the defaults.
+    ``configs`` has by the names of entries the options to try them with, one or several, as objects or as tables; else
+    they are the defaults.
     ``models`` has, for backends, a small model to run (what ``saekit.train(model=...)`` takes), or a
     :class:`saekit.config.ModelConfig` that names one.  ``folders`` has, for loaders, the path of an SAE's folder of
-    their format, or several.  ``skip`` leaves out an entry, ``"halving"``, or a check of it, ``"halving: finite"``, and
-    says why.  ``only`` has the names of the checks that are made, while one is mended.
+    their format, or several.  ``sites`` has, for sources with data of their own, the hook's name, or the
+    :class:`saekit.Site`, of which they have activations, or several.  ``skip`` leaves out an entry, ``"halving"``, or a
+    check of it, ``"halving: finite"``, and says why.  ``only`` has the names of the checks that are made, while one is
+    mended.  ``distribution`` is that of the qualified keys by which plugins name each other; None: that whose entry
+    points the modules are, or ``test``.
 
     Returns what was checked; :class:`ConformanceError`, an AssertionError, tells all faults at once.
     """
-    report = plugin_report(*plugins, configs=configs, models=models, folders=folders, skip=skip, only=only)
+    given: dict[str, Any] = {"configs": configs, "models": models, "folders": folders, "skip": skip, "only": only}
+    report = plugin_report(*plugins, sites=sites, distribution=distribution, **given)
     if report.faults:
         raise ConformanceError(str(report))
     return report
@@ -110,15 +120,17 @@ def plugin_report(
     folders: Mapping[str, Any] | None = None,
     skip: Mapping[str, str] | None = None,
     only: Collection[str] | None = None,
+    sites: Mapping[str, Any] | None = None,
+    distribution: str | None = None,
 ) -> Report:
     """What :func:`check_plugin` finds, as a report; faults raise nothing."""
-    given = _Given(configs or {}, models or {}, folders or {}, skip or {}, only)
+    given = _Given(configs or {}, models or {}, folders or {}, skip or {}, only, sites or {})
     outcomes = [outcome for plugin in plugins for outcome in _of_module(plugin, given)]
     try:
-        manager, items = _managed(plugins)
+        manager, items = _managed(plugins, distribution)
     except PluginError as error:
         return Report((*outcomes, Outcome("the plugin", "registration", "", fault=str(error))))
-    given.check_names([item.entry.name for item in items])
+    given.check_names(items)
     with ambient():
         outcomes += [outcome for item in items for outcome in _of_entry(item, manager, given)]
     return Report(tuple(outcomes))
@@ -131,24 +143,46 @@ class _Given:
     folders: Mapping[str, Any]
     skip: Mapping[str, str]
     only: Collection[str] | None = None
+    sites: Mapping[str, Any] = {}
 
     def wants(self, check: str) -> bool:
         """Whether it is to be made."""
         return self.only is None or check in self.only
 
-    def check_names(self, names: Sequence[str]) -> None:
+    def check_names(self, items: Sequence[Registered]) -> None:
         """A slip of the pen would leave something unchecked."""
-        for what in ("configs", "models", "folders", "skip"):
-            if wrong := [key for key in getattr(self, what) if key.partition(":")[0] not in names]:
-                raise ValueError(f"{what} names {', '.join(wrong)}; the entries are {', '.join(names) or 'none'}")
+        checks: dict[str, set[str]] = {item.entry.name: set() for item in items}
+        for item in items:
+            checks[item.entry.name] |= {check.name for check in (*OF_EVERY_KIND, *_own_checks(item))}
+        for what in ("configs", "models", "folders", "sites", "skip"):
+            if wrong := [key for key in getattr(self, what) if key.partition(":")[0] not in checks]:
+                raise ValueError(f"{what} names {', '.join(wrong)}; the entries are {', '.join(checks) or 'none'}")
+        every = {"import", *(check for known in checks.values() for check in known)}
+        for name in self.only or ():
+            _must_be_one(name, every, "only")
+        for name, _, check in (key.partition(": ") for key in self.skip if ":" in key):
+            _must_be_one(check, checks[name], "skip")
 
-    def options(self, item: Registered) -> Iterator[Any]:
+    def options(self, item: Registered, manager: PluginManager) -> Iterator[Any]:
         """To try the entry with."""
-        if item.entry.name not in self.configs:
-            yield item.entry.config()
+        name, config = item.entry.name, item.entry.config
+        if name not in self.configs:
+            yield config()
             return
-        chosen = self.configs[item.entry.name]
-        yield from chosen if isinstance(chosen, (list, tuple)) else [chosen]
+        chosen = self.configs[name]
+        for one in chosen if isinstance(chosen, (list, tuple)) else [chosen]:
+            if isinstance(one, Mapping):
+                yield ConfigConverter(manager).choice({**one, "name": item.key}, item.kind).options
+            elif isinstance(one, config):
+                yield one
+            else:
+                raise ValueError(f"configs has {one!r} for {name!r}, expected a {config.__qualname__}, or a table")
+
+    def places(self, name: str) -> tuple[Site, ...]:
+        """The sites of a source."""
+        chosen = self.sites.get(name, ())
+        several = chosen if isinstance(chosen, (list, tuple)) else [chosen]
+        return tuple(one if isinstance(one, Site) else Site(hook_name=one) for one in several)
 
     def paths(self, name: str) -> tuple[Path, ...]:
         """The folders for a loader."""
@@ -156,24 +190,39 @@ class _Given:
         return tuple(map(Path, chosen if isinstance(chosen, (list, tuple)) else [chosen]))
 
 
-def _managed(plugins: Sequence[Any]) -> tuple[PluginManager, list[Registered]]:
+def _own_checks(item: Registered) -> Checks:
+    """Those of its kind."""
+    checks: Checks = importlib.import_module(f"saekit.testing.checks.{item.kind.name}").CHECKS
+    return checks
+
+
+def _must_be_one(name: str, known: Collection[str], what: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"the checks are {', '.join(sorted(known))}"
+        raise ValueError(f"{what} names the check {name!r}, which there is not; {hint}")
+
+
+def _managed(plugins: Sequence[Any], distribution: str | None) -> tuple[PluginManager, list[Registered]]:
     """A manager with all of ``plugins`` and saekit's own, and the entries of ``plugins``."""
-    alone, manager = isolated_manager(*plugins), isolated_manager(builtins=True)
+    alone, manager = isolated_manager(*plugins, distribution=distribution), isolated_manager(builtins=True)
     wanted = [item for kind in KINDS for item in alone.registry(kind).items]
     own = {(kind, item.entry.name, item.entry.config) for kind in KINDS for item in manager.registry(kind).items}
     strange = not all((item.kind.name, item.entry.name, item.entry.config) in own for item in wanted)
     if strange or not wanted:
-        manager = isolated_manager(*plugins, builtins=True)
+        manager = isolated_manager(*plugins, distribution=distribution, builtins=True)
     if notes := [note for note in alone.notes if "import" not in note.text]:  # importing has a check of its own
         raise PluginError("; ".join(f"{note.plugin} {note.text}" for note in notes))
-    found = [
-        next(
-            other
-            for other in manager.registry(item.kind).items
-            if (other.entry.name, other.entry.config) == (item.entry.name, item.entry.config)
-        )
-        for item in wanted
-    ]
+    found = []
+    for item in wanted:
+        alike = [other for other in manager.registry(item.kind).items if other.entry.name == item.entry.name]
+        same = [other for other in alike if other.entry.config is item.entry.config]
+        if not same:
+            raise PluginError(
+                f"{item.kind.hook} makes the options class {item.entry.config.__qualname__} anew whenever it is "
+                "called; define it at the top of the module"
+            )
+        found.append(same[0])
     return manager, found
 
 
@@ -196,14 +245,13 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
         yield Outcome(label, "all", "", not_tried=reason)
         return
     try:
-        every = list(given.options(item))
+        every = list(given.options(item, manager))
     except TypeError as error:
         fault = f"its options have no defaults; give configs={{{item.entry.name!r}: ...}} ({error})"
-        yield Outcome(label, "options", "", not_tried=fault)
+        yield Outcome(label, "options", "With some options it can be tried.", fault=fault)
         return
-    own: Checks = importlib.import_module(f"saekit.testing.checks.{item.kind.name}").CHECKS
     missing = item.missing()
-    wanted = [check for check in (*OF_EVERY_KIND, *own) if given.wants(check.name)]
+    wanted = [check for check in (*OF_EVERY_KIND, *_own_checks(item)) if given.wants(check.name)]
     for options in every:
         known: dict[str, Any] = {}
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
@@ -242,7 +290,8 @@ def _run(
 ) -> Outcome:
     name = item.entry.name
     with tempfile.TemporaryDirectory() as place:
-        subject = Subject(item, options, manager, Path(place), given.models.get(name), given.paths(name), known)
+        model, sites = given.models.get(name), given.places(name)
+        subject = Subject(item, options, manager, Path(place), model, given.paths(name), sites, known)
 
         def run() -> None:
             before = surroundings(item.entry.requires)

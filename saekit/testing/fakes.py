@@ -3,33 +3,49 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import attrs
 
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins.hookspecs import hookimpl
+from saekit.plugins.loading import installed_points
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Entry
 
 __all__ = ["FakeConfig", "fake_plugin", "isolated_manager", "plugin_of"]
 
+_NOBODY = "test"
 
-def isolated_manager(*plugins: object, distribution: str = "test", builtins: bool = False) -> PluginManager:
+
+def isolated_manager(*plugins: object, distribution: str | None = None, builtins: bool = False) -> PluginManager:
     """A manager with these plugins (modules, or objects with hook methods) and no installed ones.
 
-    The plugins appear as coming from ``distribution``.  With ``builtins``, saekit's own plugins are there too, and
-    nobody else's.
+    The plugins appear as coming from ``distribution``; None: a module from the distribution whose entry point it is,
+    and all else from ``test``.  With ``builtins``, saekit's own plugins are there too, and nobody else's.
     """
     manager = _builtins().copy() if builtins else PluginManager(discover=False)
     for number, plugin in enumerate(plugins):
         name = getattr(plugin, "__name__", type(plugin).__name__)
-        manager.register(
-            plugin, name=name if number == 0 else f"{name}.{number}", distribution=distribution, version="0"
-        )
+        owner = distribution or _distribution_of(plugin)
+        manager.register(plugin, name=name if number == 0 else f"{name}.{number}", distribution=owner, version="0")
     return manager
+
+
+def _distribution_of(plugin: object) -> str:
+    """The one that has ``plugin``, a module, as an entry point."""
+    if isinstance(plugin, ModuleType):
+        return _owners(tuple(sys.path)).get(plugin.__name__, _NOBODY)
+    return _NOBODY
+
+
+@functools.lru_cache(maxsize=4)
+def _owners(path: tuple[str, ...]) -> dict[str, str]:
+    """The distributions by the modules of their entry points, as what is on ``path`` says."""
+    return {point.value.partition(":")[0].strip(): point.distribution for point in reversed(installed_points())}
 
 
 @functools.cache

@@ -27,7 +27,10 @@ class SupervisedSchedule:
         if not isinstance(self._schedule, Remarks):
             return None
         with blamed(self._item, "remark"):
-            return self._schedule.remark()
+            said: object = self._schedule.remark()
+        if said is not None and not isinstance(said, str):
+            raise returned(self._item, "remark", said, "expected a text or None")
+        return said
 
     def __call__(self, step: int) -> float:
         with blamed(self._item, f"__call__ of step {step}", at_work=True):

@@ -16,7 +16,9 @@ from support.causal_lms import causal_lm_folder
 from support.tiny import TOKENIZER, hooked_transformer, tokenizer
 
 import saekit
+from saekit.devices import resolve_device
 from saekit.errors import ConfigError, ModelError
+from saekit.runs.opening import build_backend
 from saekit.testing import FakeBackend, isolated_manager
 from saekit.testing.fakes import FakeConfig, plugin_of
 
@@ -29,6 +31,21 @@ def gpt2() -> Any:
     made = GPT2LMHeadModel(GPT2Config(**shape, bos_token_id=0, eos_token_id=0)).eval()
     made.tokenizer = tokenizer()
     return made
+
+
+def test_backends_are_given_a_device() -> None:
+    """Not ``auto``, which torch does not know, wherever they are built."""
+    given: list[str] = []
+
+    def build(config: Any, *, model: Any, loaded: Any) -> FakeBackend:
+        given.append(torch.empty(0, device=model.device).device.type)
+        return FakeBackend()
+
+    plugins = isolated_manager(plugin_of("model_backends", saekit.Entry("fake", FakeConfig, build)), builtins=True)
+    saekit.load_model("x", backend="fake", plugins=plugins)
+    build_backend(saekit.load_config({"model": {"name": "x", "backend": "fake"}}, plugins=plugins), plugins, None)
+    saekit.load_model("x", backend="fake", device="meta", plugins=plugins)
+    assert given == [torch.device(resolve_device("auto", "")).type] * 2 + ["meta"]
 
 
 def test_by_name() -> None:

@@ -18,10 +18,10 @@ import saekit
 from saekit.config import TrainConfig
 from saekit.config.files import load_config
 from saekit.config.formats import read_toml
-from saekit.config.recipes import find_recipe, printed, recipe_text, recipes
+from saekit.config.recipes import find_recipe, listed, printed, recipe_text, recipes
 from saekit.errors import AmbiguousKeyError, ConfigError, UnknownKeyError
 from saekit.plugins.choice import Choice
-from saekit.testing import isolated_manager
+from saekit.testing import isolated_manager, plugin_of
 
 NAMES = [found.name for found in recipes()]
 
@@ -166,6 +166,26 @@ def test_two_of_one_name_are_told_apart(place: Path) -> None:
         saekit.recipe("laptop", plugins=manager)
     assert saekit.recipe(f"{own}:laptop", plugins=manager) == TrainConfig()
     assert saekit.recipe("saekit:laptop", plugins=manager) == saekit.recipe("laptop")
+
+
+def test_those_of_one_name_are_listed_by_their_keys() -> None:
+    one = find_recipe("laptop")
+    other = attrs.evolve(one, distribution="mine")
+    assert [line.split()[0] for line in listed([one, other, find_recipe("gemma-2-2b-topk")])] == [
+        "saekit:laptop", "mine:laptop", "gemma-2-2b-topk",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_those_of_saekit_mean_its_own_plugins_whatever_else_is_installed(name: str) -> None:
+    manager = isolated_manager(builtins=True)
+    for kind, registry in list(manager.registries.items()):
+        entries = [
+            saekit.Entry(item.entry.name, attrs.make_class(f"Their{number}", {}, frozen=True), print)
+            for number, item in enumerate(registry.items)
+        ]
+        manager.register(plugin_of(kind, *entries), name=kind, distribution="theirs")
+    assert saekit.recipe(name, plugins=manager) == saekit.recipe(name)
 
 
 def test_one_that_is_wrong_says_which(place: Path) -> None:

@@ -50,6 +50,9 @@ def test_plugins_may_be_objects_with_methods_and_hooks_may_be_generators() -> No
             yield Entry("x", OtherConfig, lambda config: Rate("built"))
 
     assert isolated_manager(Plugin()).build(KIND, "test:x") == Rate("built")
+    manager = isolated_manager()
+    manager.register(Plugin())  # as in a notebook
+    assert manager.get(KIND, "local:x").plugin == "local:Plugin"
 
 
 def test_unknown_keys_list_every_supplier() -> None:

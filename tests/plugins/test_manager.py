@@ -77,6 +77,7 @@ def test_one_distribution_with_one_key_twice() -> None:
         (None, "returned None, expected an iterable of saekit.Entry"),
         ("text", "returned 'text', expected an iterable"),
         (["text"], "returned 'text' among its entries, expected a saekit.Entry"),
+        ([Entry("x", FakeConfig, print), Entry("x", OtherConfig, print)], "there are several entries 'x'; give each a"),
         ([Entry("x", dict, print)], "config is <class 'dict'>, expected a frozen attrs class"),
         ([Entry("x", FakeConfig(), print)], "config is FakeConfig.*, expected a frozen attrs class"),
         ([Entry("x", attrs.make_class("Loose", []), print)], "Loose is not frozen; use @attrs.frozen"),
@@ -143,8 +144,10 @@ def test_aliases_may_share_an_options_class() -> None:
 def test_hooks_that_are_none() -> None:
     manager = isolated_manager()
     unknown = SimpleNamespace(saekit_register_lr_scheduls=saekit.hookimpl(lambda: []))
-    with pytest.raises(PluginError, match="there is no hook saekit_register_lr_scheduls; the hooks are saekit_reg"):
+    with pytest.raises(PluginError, match=r"lr_scheduls\. Did you mean saekit_register_lr_schedules\?$"):
         manager.register(unknown, name="misspelt")
+    with pytest.raises(PluginError, match="no hook saekit_x; the hooks are saekit_register_..., of .*step_kernels$"):
+        manager.register(SimpleNamespace(saekit_x=saekit.hookimpl(lambda: [])), name="unknown")
     with pytest.raises(PluginError, match="saekit_register_lr_schedules lacks the @saekit.hookimpl mark"):
         manager.register(SimpleNamespace(saekit_register_lr_schedules=list), name="unmarked")
     with pytest.raises(PluginError, match="saekit_register_evals"):

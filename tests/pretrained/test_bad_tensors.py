@@ -163,9 +163,12 @@ def test_large_numbers_whose_sum_is_not_finite_are_fine() -> None:
     ("read", "message"),
     [
         ({"tensors": {"W_enc": [1]}}, "W_enc of .* is of type list, expected a tensor"),
-        ({"tensors": None}, "the loader of .* gave None as tensors"),
+        ({"tensors": None}, "the SAE in .*: the loader test:strange gave None as tensors, expected a dict of"),
         ({"options": 3}, "gave 3 as options"),
-        ({"site": "blocks.0"}, "gave 'blocks.0' as site"),
+        (
+            {"site": "blocks.0"},
+            "gave 'blocks.0' as site, expected a saekit.Site, such as saekit.Site.hook_name",
+        ),
         ({"architecture": None}, "gave None as architecture"),
         ({"activation_scale": NAN}, "scaled by nan, expected a number above 0"),
         ({"options": {"d_sae": 10, "d_in": 10**9}, "tensors": {"b_dec": torch.zeros(6)}}, "d_in × d_sae is 1e\\+10"),

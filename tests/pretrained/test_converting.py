@@ -80,7 +80,7 @@ def test_how_activations_are_normalized() -> None:
         ("layer_norm", "layer_norm"), ("constant_norm_rescale", "constant_norm"), ("covariance_whitening", "whitening")
     ):  # fmt: skip
         found = convert(of_3(normalize_activations=theirs))
-        assert found.table["activations"]["normalize_activations"] == ours
+        assert found.table["activations"]["normalize_activations"] == f"saekit:{ours}"
         assert saekit.load_config(dict(found.table)).activations.normalize_activations.key == f"saekit:{ours}"
     assert "there are none, expected_average_only_in, layer_norm, constant" in str(
         convert(of_3(normalize_activations="batch")).lost
@@ -145,7 +145,7 @@ def test_what_is_not_here_is_said() -> None:
     assert set(found.lost) == {"madeup"}
     assert "NOT THE SAME: madeup: is 3, of which saekit knows nothing" in found.report()
     cached = convert(of_3(use_cached_activations=True, cached_activations_path="acts"))
-    assert cached.table["activations"]["source"] == {"name": "cached", "folder": "acts"}
+    assert cached.table["activations"]["source"] == {"name": "saekit:cached", "folder": "acts"}
     assert "saekit cache" in cached.lost["use_cached_activations"]
     tanh = convert(read(OF_6["jumprelu"]) | {"sae": read(OF_6["jumprelu"])["sae"] | {"decoder_init_norm": 0.5}})
     assert list(tanh.lost) == ["sae.decoder_init_norm"]
@@ -367,6 +367,21 @@ def managed(*said: Any) -> saekit.PluginManager:
 
 def _theirs(said: Any, config: object) -> Theirs:
     return Theirs(said)
+
+
+def test_what_is_chosen_is_written_by_qualified_keys() -> None:
+    table = {
+        "site": {"hook_name": "x"},
+        "sae": {"name": "topk", "k": 3, "activation": "relu"},
+        "lr_schedule": "constant",
+        "evals": {"run": ["reconstruction", {"name": "downstream"}]},
+    }
+    assert convert({"theirs": 1}, plugins=managed(Converted(table=table))).table == {
+        "site": {"hook_name": "x"},
+        "sae": {"name": "saekit:topk", "k": 3, "activation": "saekit:relu"},
+        "lr_schedule": "saekit:constant",
+        "evals": {"run": ["saekit:reconstruction", {"name": "saekit:downstream"}]},
+    }
 
 
 def test_a_strangers_loader_converts_its_own() -> None:

@@ -168,7 +168,8 @@ class Required:
 
 def test_required_options_are_given() -> None:
     plugin = fake_plugin("lr_schedules", build=Falling, config=Required)
-    assert "its options have no defaults; give configs={'fake': ...}" in str(plugin_report(plugin))
+    (fault,) = plugin_report(plugin).faults
+    assert "its options have no defaults; give configs={'fake': ...}" in str(fault)
     check_plugin(plugin, configs={"fake": [Required(value=1), Required(value=2)]})
 
 

@@ -47,6 +47,11 @@ def test_one_that_says_nothing_is_refused_by_runs_and_not_tried() -> None:
     report = plugin_report(plugin, only=ONLY)
     (outcome,) = report.not_tried
     assert "Silent overrides losses, and not spreads_over" in str(outcome.not_tried)
+    build = type("Wordless", (architectures.Silent,), {"spreads_over": frozenset()})
+    (outcome,) = plugin_report(
+        fake_plugin("sae_architectures", build=build, config=architectures.Config), only=ONLY
+    ).not_tried
+    assert str(outcome.not_tried).startswith("it does not say spreads_over, and runs on several processes refuse it")
 
 
 @pytest.mark.parametrize(

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from saekit.abilities import HasMemory, KeepsRecipe, Pauses, StatesForwards, StatesRows, StatesWidths
+from saekit.errors import SaekitError
+from saekit.reasons import error_text
 from saekit.runs.state_files import read_state, write_state
 from saekit.site import Site
 from saekit.source_forwards import fault_of_forwards
 from saekit.testing.backend import FakeBackend
-from saekit.testing.checks.check import Checks, NotTried, Subject, must
+from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
 from saekit.testing.checks.numbers import must_be_equal
 from saekit.testing.checks.spread_sources import must_share
 from saekit.values import Batch
@@ -44,16 +46,28 @@ def _contexts(part: tuple[int, int] = (0, 1), *, repeat: bool = False) -> Contex
     return ContextStream(documents, _no_text, TokenPolicy(context_size=8), d_vocab=128, repeat=repeat)
 
 
-def _stream(*, repeat: bool = True, sites: tuple[Site, ...] = (_SITE,), seed: int = 3, **options: Any) -> StreamContext:
+def _stream(
+    subject: Subject, *, repeat: bool = True, sites: tuple[Site, ...] | None = None, seed: int = 3, **options: Any
+) -> StreamContext:
     from saekit.data import StreamContext
 
+    sites = sites or (_first(subject),)
     given: dict[str, Any] = {"backend": FakeBackend(), "open_contexts": lambda: _contexts(repeat=repeat)} | options
     return StreamContext(sites=sites, batch_size=_BATCH, seed=seed, repeat=repeat, **given)
 
 
+def _first(subject: Subject) -> Site:
+    return subject.sites[0] if subject.sites else _SITE
+
+
+def _width(source: Any, stream: StreamContext, site: Site) -> int | None:
+    """What the source states, of data of its own, or else the model's."""
+    return source.widths.get(site) if isinstance(source, StatesWidths) else stream.widths[site]
+
+
 @contextmanager
 def _opened(subject: Subject, stream: StreamContext | None = None, **options: Any) -> Iterator[Any]:
-    source = subject.build(stream=stream or _stream(**options))
+    source = subject.build(stream=stream or _stream(subject, **options))
     try:
         yield source
     finally:
@@ -73,8 +87,16 @@ def _batches(source: Any, n: int) -> list[dict[str, Any]]:
 @CHECKS.add
 def build(subject: Subject) -> None:
     """It is built from its options and a stream, and keeps to its protocol."""
-    with _opened(subject):
-        pass
+    try:
+        with _opened(subject):
+            pass
+    except SaekitError as error:
+        if subject.sites:
+            raise
+        raise Fault(
+            f"asked for {_SITE.name} it raised {error_text(error)}; of a source with data of its own say of which site "
+            f"it has them: sites={{{subject.item.entry.name!r}: ...}}"
+        ) from error
 
 
 @CHECKS.add
@@ -82,17 +104,18 @@ def batches(subject: Subject) -> None:
     """It gives :class:`saekit.Batch` es of full size with finite rows of every site, and where they are from."""
     import torch
 
-    sites = (_SITE, _HEAD) if _has_sites(subject) else (_SITE,)
-    with _opened(subject, stream := _stream(sites=sites)) as source:
+    several = subject.sites or (_SITE, _HEAD)
+    sites = several if _has_sites(subject, several) else several[:1]
+    with _opened(subject, stream := _stream(subject, sites=sites)) as source:
         must(iter(source) is source, "iter(source) is another object than the source")
         for number, batch in enumerate(islice(source, 12)):
             must(isinstance(batch, Batch), f"batch {number} is a {type(batch).__name__}, expected a saekit.Batch")
             must(set(batch.activations) == set(sites), f"batch {number} has the sites {[*batch.activations]}")
             for site, rows in batch.activations.items():
+                expected = [_BATCH, _width(source, stream, site)]
                 must(
-                    list(rows.shape) == [_BATCH, stream.widths[site]],
-                    f"batch {number} has rows of shape {list(rows.shape)} at {site.name}, expected "
-                    f"{[_BATCH, stream.widths[site]]}",
+                    list(rows.shape) == expected,
+                    f"batch {number} has rows of shape {list(rows.shape)} at {site.name}, expected {expected}",
                 )
                 must(rows.isfinite().all(), f"batch {number} has rows that are no finite numbers at {site.name}")
                 must(not rows.requires_grad, f"batch {number} has rows that want a gradient")
@@ -106,10 +129,12 @@ def batches(subject: Subject) -> None:
                 must(fine, f"{name} of batch {number} are not {_BATCH} whole numbers, nor None")
 
 
-def _has_sites(subject: Subject) -> bool:
+def _has_sites(subject: Subject, sites: tuple[Site, ...]) -> bool:
     """Whether it can give the rows of several sites; of a cache, both may not be there."""
+    if subject.sites:  # which it has, as its author says
+        return True
     try:
-        with _opened(subject, sites=(_SITE, _HEAD)):
+        with _opened(subject, sites=sites):
             return True
     except Exception:
         return False
@@ -125,15 +150,16 @@ def seeds(subject: Subject) -> None:
 @CHECKS.add
 def peek(subject: Subject) -> None:
     """``peek`` shows rows of every site and uses none of them up: the batches are the same with and without it."""
-    with _opened(subject) as plain, _opened(subject, stream := _stream()) as peeked:
-        expected, found = _batches(plain, 6), []
+    with _opened(subject) as plain, _opened(subject, stream := _stream(subject)) as peeked:
+        site, expected, found = _first(subject), _batches(plain, 6), []
+        width = _width(peeked, stream, site)
         for _ in range(3):
             shown = peeked.peek()
-            must(isinstance(shown, Mapping) and set(shown) == {_SITE}, f"peek() has the sites {[*shown]}")
-            rows = shown[_SITE]
+            must(isinstance(shown, Mapping) and set(shown) == {site}, f"peek() has the sites {[*shown]}")
+            rows = shown[site]
             must(
-                rows.ndim == 2 and len(rows) and rows.shape[1] == stream.widths[_SITE],
-                f"peek() has rows of shape {list(rows.shape)}, expected [n, {stream.widths[_SITE]}]",
+                rows.ndim == 2 and len(rows) and rows.shape[1] == width,
+                f"peek() has rows of shape {list(rows.shape)}, expected [n, {width}]",
             )
             found += _batches(peeked, 2)
         must_be_equal("batches after peek()", found, expected)
@@ -198,7 +224,7 @@ def state_stays(subject: Subject) -> None:
 @CHECKS.add
 def exhaustion(subject: Subject) -> None:
     """Where text is read once, batches end with it, and stay at an end; where it is repeated, they do not."""
-    with _opened(subject, stream := _stream(repeat=False)) as source:
+    with _opened(subject, stream := _stream(subject, repeat=False)) as source:
         sizes = [len(batch) for batch in islice(source, _MOST)]
         ended = len(sizes) < _MOST
         if ended:
@@ -221,7 +247,7 @@ def exhaustion(subject: Subject) -> None:
 def two_processes(subject: Subject) -> None:
     """Two processes read what one reads: where it says ``shares_rows``, each a part, and no row is lost or read twice;
     else all rows alike, of which each gets a part.  It goes on from its state there, too."""
-    must_share(partial(_opened, subject), _stream, _contexts, _plain, subject.place)
+    must_share(partial(_opened, subject), partial(_stream, subject), _contexts, _plain, subject.place)
 
 
 @CHECKS.add
@@ -236,7 +262,7 @@ def text_is_needed(subject: Subject) -> None:
         raise RuntimeError("there is no text")
 
     try:
-        with _opened(subject, _stream(open_contexts=no_text)) as source:
+        with _opened(subject, _stream(subject, open_contexts=no_text)) as source:
             _batches(source, 3)
             source.peek()
     finally:
@@ -277,7 +303,7 @@ def model_lock(subject: Subject) -> None:
                 without.append(threading.current_thread().name)
             return super().run(*args, **kwargs)
 
-    with _opened(subject, _stream(backend=Watched(), model_lock=lock)) as source:
+    with _opened(subject, _stream(subject, backend=Watched(), model_lock=lock)) as source:
         _batches(source, 8)
     must(not without, f"its thread {without[:1]} runs the model without stream.model_lock")
 

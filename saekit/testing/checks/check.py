@@ -11,6 +11,7 @@ import attrs
 from saekit.plugins.building import built
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
+from saekit.site import Site
 
 __all__ = ["Check", "Checks", "Fault", "NotTried", "Subject", "must"]
 
@@ -39,12 +40,14 @@ class Subject:
     """Of a backend: what it is to run, or a :class:`saekit.config.ModelConfig` that names it."""
     folders: tuple[Path, ...] = ()
     """Of a loader: SAEs of its format."""
+    sites: tuple[Site, ...] = ()
+    """Of a source with data of its own: those that it has."""
     known: dict[str, Any] = attrs.field(factory=dict)
     """What a check has found out of the entry with these options, for those after it."""
 
     def build(self, **services: Any) -> Any:
         """What the entry builds, with its kind's services."""
-        return built(self.item, self.options, **services)
+        return built(self.item, self.plugins.with_choices(self.options, self.item), **services)
 
 
 @attrs.frozen

@@ -7,11 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from saekit.errors import PluginFailedError, SaekitError
+from saekit.abilities import ConvertsConfigs, KnowsParts, WritesSAEs
+from saekit.defaults import DEFAULT_ARCHITECTURE
+from saekit.errors import PluginFailedError, SAEFormatError, SaekitError
+from saekit.pretrained.exporting import export
 from saekit.pretrained.load import load_sae
+from saekit.pretrained.made import made_from
+from saekit.reasons import error_text
 from saekit.saved import PretrainedSAE, SAEFiles
 from saekit.testing.checks.check import Checks, Fault, NotTried, Subject, must
-from saekit.testing.checks.numbers import must_be_equal, seeded
+from saekit.testing.checks.numbers import must_agree, must_be_equal, seeded
 from saekit.testing.checks.sae_files import cut_off, with_other_tensors, without
 
 if TYPE_CHECKING:
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
     from saekit.sae import SAEModule
 
 CHECKS = Checks()
+_CLOSE = 1e-5
 _FOREIGN: Mapping[str, Mapping[str, bytes]] = {
     "an empty folder": {},
     "a model": {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"\x08\0\0\0\0\0\0\0{}      "},
@@ -187,6 +193,94 @@ def refuses_wrong_shapes(subject: Subject) -> None:
         _refused_or_the_same(subject, whole, ((f"{what} has another shape", copy) for what, copy in damaged))
         for what, copy in with_other_tensors(folder, subject.place, lambda value: None):
             _read(partial(_loaded, subject, copy), f"{what} is missing")
+
+
+@CHECKS.add
+def missing_part(subject: Subject) -> None:
+    """Where it has a ``missing_part``, that is a text or None: None of foreign files, and a text where of files of its
+    own, which ``detects`` no longer knows, one is missing."""
+    loader = subject.build()
+    if not isinstance(loader, KnowsParts):
+        raise NotTried("it has none")
+    for what in ("notes", "pictures", "an empty folder"):
+        said = loader.missing_part(SAEFiles.in_folder(_written(subject.place / what, _FOREIGN[what])))
+        must(said is None, f"of {what} it says that {said!r} is missing, expected None")
+    for folder in _folders(subject):
+        told: list[object] = []
+        for _, copy in without(folder, subject.place):
+            files = SAEFiles.in_folder(copy)
+            if not loader.detects(files):
+                told.append(loader.missing_part(files))
+        wrong = [said for said in told if said is not None and not isinstance(said, str)]
+        must(not wrong, f"it gives {wrong}, expected a text or None")
+        if len(told) > 1:  # of one file alone nothing is left to say it by
+            must(
+                any(told), f"of the files of {folder}, each of which is left out once, it says that nothing is missing"
+            )
+
+
+@CHECKS.add
+def writes(subject: Subject) -> None:
+    """Where it has a ``write_sae``, what is written and read again is the same SAE: architecture, weights, site,
+    features and outputs.  What its format has no place for is a :class:`saekit.errors.SAEFormatError`."""
+    if not isinstance(subject.build(), WritesSAEs):
+        raise NotTried("it has none")
+    refused = []
+    for number, (what, name, sae) in enumerate(_to_be_written(subject)):
+        home = subject.place / str(number) / name
+        home.parent.mkdir()
+        try:
+            export(sae, home, subject.options, plugins=subject.plugins)
+        except PluginFailedError as error:
+            raise Fault(f"{error} (of {what})") from error
+        except SAEFormatError as error:
+            refused.append(f"of {what}: {error}")
+            continue
+        try:
+            again = _loaded(subject, home)
+        except Exception as error:
+            raise Fault(f"what is written of {what} cannot be read again: {error_text(error)}") from error
+        _must_be_the_same(again, sae, f"({what}, written and read again)")
+    if len(refused) > number:
+        raise NotTried("; ".join(refused))
+
+
+def _to_be_written(subject: Subject) -> Iterator[tuple[str, str, SAEModule]]:
+    """What each is, the name of its folder, by which some formats name the site, and the SAE."""
+    import torch
+
+    for folder in subject.folders:
+        yield f"the SAE in {folder}", folder.name, _loaded(subject, folder)
+    options = {"name": DEFAULT_ARCHITECTURE, "d_in": 8, "d_sae": 16}
+    sae = made_from(options, None, 0, "cpu", subject.plugins)
+    for name in ("b_enc", "b_dec"):  # which start at zero
+        bias = getattr(sae, name).data
+        bias.copy_(torch.randn(bias.shape, generator=seeded(len(bias))) / 8)
+    yield "an SAE of the default architecture, of no site", "written", sae
+
+
+def _must_be_the_same(again: SAEModule, sae: SAEModule, where: str) -> None:
+    found, expected = (type(one).__qualname__ for one in (again, sae))
+    must(found == expected, f"it is a {found}, expected a {expected} {where}")
+    lost = [name for name, value in sae.public_tensors().items() if name not in again.public_tensors()]
+    must(not lost, f"there is no {', '.join(lost)} {where}")
+    for name, value in sae.public_tensors().items():
+        must_agree(f"{name} {where}", again.public_tensors()[name].to(value.dtype), value, _CLOSE)
+    must(again.info.site == sae.info.site, f"its site is {again.info.site}, expected {sae.info.site} {where}")
+    x = _inputs(sae)
+    must_agree(f"features {where}", again.encode(x), sae.encode(x), _CLOSE)
+    must_agree(f"outputs {where}", again(x), sae(x), _CLOSE)
+
+
+@CHECKS.add
+def converts_configs(subject: Subject) -> None:
+    """Where it has a ``convert_config``, that gives None of what is no configuration of its library."""
+    loader = subject.build()
+    if not isinstance(loader, ConvertsConfigs):
+        raise NotTried("it has none")
+    for table in ({}, {"model": "gpt2"}, {"learning_rate": 1e-3, "layers": [1, 2], "nothing": None}):
+        found = loader.convert_config(table)
+        must(found is None, f"of {table} it makes {found!r}, expected None")
 
 
 def _inputs(sae: SAEModule) -> Tensor:

@@ -51,7 +51,9 @@ def two_processes(subject: Subject) -> None:
             saes[mesh] = cases
             works[mesh] = partial(_stepped_by_two, [one for _, one in cases])
     if not works:
-        raise NotTried("; ".join(dict.fromkeys(refused)))
+        says = ", ".join(sorted(sae.spreads_over & _NAMES.keys()))
+        what = f"it says spreads_over = {{{says}}}" if says else "it does not say spreads_over"
+        raise NotTried(f"{what}, and runs on several processes refuse it: {'; '.join(dict.fromkeys(refused))}")
     for mesh, (found, other) in on_two(works, subject.place).items():
         split = "batches" if mesh == DATA else "features"
         for (where, sae), own, theirs in zip(saes[mesh], found, other, strict=True):

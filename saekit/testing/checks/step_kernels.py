@@ -106,7 +106,10 @@ def _served(subject: Subject, kernel: Any) -> Iterator[tuple[str, SAE]]:
     keys = subject.item.entry.serves
     items = [item for item in subject.plugins.registry(SAE_ARCHITECTURES).items if item.key in keys]
     if not items:
-        raise NotTried(f"no architecture of {', '.join(keys)} is here")
+        raise NotTried(
+            f"no architecture of {', '.join(keys)} is here: give its module, too, check_plugin(kernel, architecture), "
+            f"and distribution={keys[0].partition(':')[0]!r} where it is not installed"
+        )
     for item in items:
         architecture = attrs.evolve(subject, item=item, options=item.entry.config(d_sae=_D_SAE))
         yield item.key, made(architecture).to(torch.device(here[-1]))

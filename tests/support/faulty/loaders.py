@@ -75,6 +75,24 @@ class Stretching(Bare):
         return {**tensors, "b_enc": bias.new_zeros(10).index_copy(0, bias.new_tensor(range(len(bias))).long(), bias)}
 
 
+class Blaming(Bare):
+    def missing_part(self, files: SAEFiles) -> str:
+        return FILE
+
+
+class Zeroing(Bare):
+    """Writes another decoder than the SAE's."""
+
+    def write_sae(self, sae: Any, folder: Path) -> None:
+        tensors = sae.public_tensors()
+        save_file({**tensors, "W_dec": tensors["W_dec"] * 0}, folder / FILE)
+
+
+class Converting(Bare):
+    def convert_config(self, table: Any) -> Any:
+        return table
+
+
 def given(folder: Path) -> dict[str, Any]:
     save_file(foreign.tensors(), folder / FILE)
     return {"folders": {"fake": folder}}
@@ -89,6 +107,9 @@ FAULTS: dict[str, tuple[str, Callable[..., Any]]] = {
     "refuses_damaged_files": ("bare.safetensors is cut off it raises SafetensorError", Cut),
     "refuses_no_numbers": ("holds NaN it makes another SAE, expected a SAEFormatError", Mending),
     "refuses_wrong_shapes": ("b_enc in bare.safetensors has another shape it makes another SAE", Stretching),
+    "missing_part": ("of notes it says that 'bare.safetensors' is missing, expected None", Blaming),
+    "writes": ("W_dec .the SAE in .*, written and read again.: off by 1 of the largest", Zeroing),
+    "converts_configs": ("of {} it makes {}, expected None", Converting),
 }
 CASES = [
     Case(check, says, fake_plugin("pretrained_loaders", build=build), given) for check, (says, build) in FAULTS.items()

@@ -268,7 +268,7 @@ def test_a_model_of_transformers_is_loaded_as_there() -> None:
     """sae-lens writes ``model_kwargs`` whether there are any or not."""
     source = read(OF_6["standard"]) | {"model_class_name": "AutoModelForCausalLM", "model_kwargs": {"x": 1}}
     plain = convert(source | {"model_from_pretrained_kwargs": {}})
-    assert plain.table["model"]["backend"] == {"name": "AutoModelForCausalLM"}
+    assert plain.table["model"]["backend"] == {"name": "saekit:AutoModelForCausalLM"}
     assert (plain.lost, plain.dropped["model_kwargs"]) == ({}, "reaches no model of transformers there")
     given = {"torch_dtype": "torch.bfloat16", "attn_implementation": "eager", "variant": "fp16", "revision": "v2"}
     found = convert(source | {"model_from_pretrained_kwargs": given})
@@ -288,7 +288,7 @@ def test_a_model_of_transformers_is_loaded_as_there() -> None:
 def test_what_is_passed_to_other_models() -> None:
     mamba = read(OF_6["standard"]) | {"model_class_name": "HookedMamba", "model_from_pretrained_kwargs": {"a": 1}}
     found = convert(mamba | {"model_kwargs": {"fast_ssm": True, "b": 2}})
-    assert found.table["model"]["backend"] == {"name": "HookedMamba", "forward_kwargs": {"fast_ssm": True}}
+    assert found.table["model"]["backend"] == {"name": "saekit:HookedMamba", "forward_kwargs": {"fast_ssm": True}}
     assert found.lost == {"model_from_pretrained_kwargs": "a is 1, which has no place here",
                           "model_kwargs": "has b, which HookedMamba's forward does not take"}  # fmt: skip
     lens = convert(read(OF_6["standard"]) | {"model_from_pretrained_kwargs": {"dtype": "bfloat16", "n_devices": 2}})

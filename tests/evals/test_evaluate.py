@@ -349,3 +349,41 @@ def test_natural_mistakes_get_near_names(runs: Path) -> None:
     for name in ("", "a\nb"):
         with pytest.raises(ConfigError, match="saes: have a name .*, which tables cannot show"):
             saekit.compare({name: runs / "a", "b": runs / "b"}, plugins=manager(), verbose=False)
+
+
+def test_a_given_text_is_drawn_by_the_seed(runs: Path) -> None:
+    documents = [{"text": f"{index} {document['text']}"} for index, document in enumerate(DOCUMENTS * 8)]
+    found = [evaluated(runs / "a", FakeBackend(), dataset=documents, seed=seed, save=False) for seed in (0, 0, 1)]
+    first, again, other = (one.about["contexts_digest"] for one in found)
+    assert first == again != other
+
+
+def test_saes_of_other_texts_have_tables_of_their_own(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def one(name: str, digest: str) -> Evaluation:
+        about = {"sae": name, "contexts_digest": digest, "model": "fake", "n_contexts": 2, "context_size": 4}
+        return Evaluation(values={"l0": 3.0}, about=about | {"dataset": digest})
+
+    found = Evaluations({name: one(name, digest) for name, digest in (("a", "x"), ("b", "y"), ("c", "x"))})
+    assert [[*part] for part in found.by_text()] == [["a", "c"], ["b"]]
+    assert found._repr_html_().count("<table") == 2
+    show_evaluations(found)
+    told = capsys.readouterr().out
+    assert told.count("l0   l0") == 2 and "Numbers of one table cannot be compared with those of another" in told
+    show_evaluations(Evaluations({name: found[name] for name in "ac"}))
+    assert "cannot be compared" not in capsys.readouterr().out
+
+
+def test_one_text_for_all_is_what_was_held_out_from_any(runs: Path) -> None:
+    own = saekit.SAE.load(runs / "a", plugins=manager())
+    path = str(runs / "text.jsonl")
+    foreign = saekit.SAE.from_dict({"name": "topk", "d_in": own.d_in, "d_sae": 16, "k": 4})
+    packing = {name: value for name, value in own.info.metadata.items() if "token" in name or name == "context_size"}
+    known = {**packing, "prepend_bos": own.info.metadata["prepend_bos"], "dataset_path": path}
+    known.pop("training_tokens")
+    foreign.info = attrs.evolve(foreign.info, sites=own.info.sites, metadata=known, provenance={"loader": "another"})
+    saes = {"own": own, "foreign": foreign}
+    given: dict[str, Any] = {"plugins": manager(), "model": FakeBackend(), "n_contexts": 4, "n_bootstrap": 20}
+    with pytest.raises(ConfigError, match="held_out True and False"):
+        saekit.compare(saes, verbose=False, **given)
+    found = saekit.compare(saes, dataset=path, verbose=False, **given)
+    assert found.about["held_out"] is True

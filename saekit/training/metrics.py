@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.share import WHOLE, Share
-from saekit.errors import PluginFailedError
+from saekit.errors import PluginError, PluginFailedError
 from saekit.sae.module import SAEModule
 from saekit.values import Histogram, Ports, StepOutput
 
@@ -118,6 +118,22 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise PluginFailedError(f"the eval '{key}' returned {name} = {value!r:.60}, expected a number") from error
     return numbers
+
+
+def apart(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What evals have ``found``, by their keys, as one; :class:`PluginError` where two give numbers of one name."""
+    whole: dict[str, float] = {}
+    owners: dict[str, str] = {}
+    for key, numbers in found.items():
+        for name, value in numbers.items():
+            if name in owners:
+                raise PluginError(
+                    f"the evals {owners[name]!r} and {key!r} both give a number {name!r}, and one would hide the "
+                    "other. Leave one of them out (evals.run, evals=[...]), or give the number another name in the "
+                    "eval that is yours"
+                )
+            whole[name], owners[name] = value, key
+    return whole
 
 
 def eval_metrics(found: Mapping[str, float]) -> dict[str, float | Histogram]:

@@ -42,11 +42,13 @@ def texts(count: int) -> list[str]:
 def test_contexts_are_from_all_over_the_text_and_of_a_seed() -> None:
     found = sample([LONG, *texts(200)], 32)
     again, other = sample([LONG, *texts(200)], 32), sample([LONG, *texts(200)], 32, seed=1)
-    assert found.first is None and found.contexts.tokens.shape == (32, SIZE)
+    assert found.first is None
+    assert found.contexts.tokens.shape == (32, SIZE)
     assert np.array_equal(found.contexts.tokens, again.contexts.tokens)
     assert not np.array_equal(found.contexts.tokens, other.contexts.tokens)
     documents = {*found.contexts.documents.reshape(-1).tolist()}
-    assert len(documents) > 10 and max(documents) > 100, "positions are those in the dataset"
+    assert len(documents) > 10
+    assert max(documents) > 100, "positions are those in the dataset"
 
 
 def test_of_a_long_document_a_piece_is_read_that_goes_on_within_it() -> None:
@@ -71,16 +73,19 @@ def test_texts_that_are_short_give_all_that_they_have() -> None:
 def test_what_is_read_in_turn_is_drawn_from_its_beginning_and_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saekit.data.sampling._FIRST_POOL", 20)
     found = sample(InTurn(texts(100)), 4)
-    assert found.first == 20 and found.contexts.documents.max() < 20
+    assert found.first == 20
+    assert found.contexts.documents.max() < 20
     assert sample(InTurn(texts(15)), 4).first is None, "that is all of it"
     short = sample(InTurn(["a b c d e f g h"] * 400), 100)
-    assert len(short.contexts) == 100 and short.first is not None and short.first > 20, "more where these are too few"
+    assert len(short.contexts) == 100
+    assert (short.first or 0) > 20, "more where these are too few"
     assert sample(texts(100), 4).first is None
 
 
 def test_each_document_begins_its_context_where_contexts_are_of_one() -> None:
     found = sample([*texts(30), LONG], 12, disable_concat_sequences=True).contexts
-    assert len(found) == 12 and all(len({*row}) == 1 for row in found.documents.tolist())
+    assert len(found) == 12
+    assert all(len({*row}) == 1 for row in found.documents.tolist())
     start = FakeBackend().tokenize(texts(30)[int(found.documents[0, 0])])[:SIZE]
     assert found.tokens[0].tolist() == start
 

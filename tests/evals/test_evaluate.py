@@ -19,7 +19,7 @@ from support.tiny import run_config
 import saekit
 from saekit.commands.measured import show_evaluations
 from saekit.commands.show import show
-from saekit.errors import ConfigError, ModelError, PluginFailedError, SAEFormatError
+from saekit.errors import ConfigError, ModelError, PluginError, PluginFailedError, SAEFormatError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -295,6 +295,14 @@ def test_an_eval_that_fails_is_named(runs: Path) -> None:
         saekit.evaluate(runs / "a", evals=["failing"], plugins=plugins, save=False, verbose=False)
 
 
+def test_two_evals_with_a_number_of_one_name_are_both_named(runs: Path) -> None:
+    plugins = manager(None, fake_plugin("evals", "mine", lambda config, *, run: lambda *_, **__: {"l0_se": 9.0}))
+    evals: dict[str, Any] = {"evals": ["reconstruction", "mine"], "plugins": plugins}
+    told = "the evals 'saekit:reconstruction' and 'test:mine' both give a number 'l0_se'"
+    with pytest.raises(PluginError, match=told):
+        saekit.evaluate(runs / "a", save=False, verbose=False, n_contexts=4, **evals)
+
+
 def test_a_table_and_json_are_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(runs, save=False)
     show_evaluations(found)
@@ -368,7 +376,8 @@ def test_saes_of_other_texts_have_tables_of_their_own(runs: Path, capsys: pytest
     assert found._repr_html_().count("<table") == 2
     show_evaluations(found)
     told = capsys.readouterr().out
-    assert told.count("l0   l0") == 2 and "Numbers of one table cannot be compared with those of another" in told
+    assert told.count("l0   l0") == 2
+    assert "Numbers of one table cannot be compared with those of another" in told
     show_evaluations(Evaluations({name: found[name] for name in "ac"}))
     assert "cannot be compared" not in capsys.readouterr().out
 

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.training import D_SAE, counts, fake_run, fit, lines, make_trainer, rows, train, weights
 
+from saekit.errors import PluginError
 from saekit.training.firing import FiringStatistics
-from saekit.training.metrics import eval_metrics, weight_metrics, window_metrics
+from saekit.training.metrics import apart, eval_metrics, weight_metrics, window_metrics
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -177,3 +178,9 @@ def test_the_metrics_of_a_window_take_one_look(monkeypatch: pytest.MonkeyPatch) 
     fractions = torch.tensor([0.0, 0.5, 2e-6])
     assert window_metrics(fractions.as_subclass(Elsewhere)) == window_metrics(fractions)
     assert Elsewhere.looks == 1
+
+
+def test_numbers_of_several_evals_are_one_table_unless_names_meet() -> None:
+    assert apart({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {"a": 1.0, "b": 2.0}
+    with pytest.raises(PluginError, match="the evals 'one' and 'other' both give a number 'a', and one would hide"):
+        apart({"one": {"a": 1.0}, "other": {"a": 1.0}})

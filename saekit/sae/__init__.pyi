@@ -17,4 +17,5 @@ from .parameters import Factor as Factor
 from .parameters import Parameter as Parameter
 from .parameters import Start as Start
 from .parameters import one_factor as one_factor
+from .splitting import copied as copied
 from .ways import not_compiled as not_compiled

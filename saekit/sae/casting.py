@@ -16,6 +16,8 @@ __all__ = ["Castable"]
 class Castable(nn.Module):
     """What :class:`saekit.sae.module.SAEModule` has of it."""
 
+    dtype: Any
+
     def kept_in_digits(self) -> Collection[Tensor]:
         """The parameters that are never in less than float32."""
         return ()
@@ -31,6 +33,16 @@ class Castable(nn.Module):
         for parameter in self.parameters():
             wide = torch.promote_types(dtype, torch.float32)
             parameter.data = parameter.data.to(wide if id(parameter) in kept else dtype)
+
+    def as_loaded(self) -> Self:
+        """As it is when it is loaded again: itself, or a copy where that is another, by which its probe is made.
+
+        float16 becomes float32, in which other features may be the largest.  An architecture that rounds more than that
+        when it saves says so.
+        """
+        from saekit.sae.splitting import copied  # which imports this
+
+        return copied(self).float() if self.dtype == torch.float16 else self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64, and

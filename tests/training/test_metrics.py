@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -182,5 +183,6 @@ def test_the_metrics_of_a_window_take_one_look(monkeypatch: pytest.MonkeyPatch) 
 
 def test_numbers_of_several_evals_are_one_table_unless_names_meet() -> None:
     assert apart({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {"a": 1.0, "b": 2.0}
-    with pytest.raises(PluginError, match="the evals 'one' and 'other' both give a number 'a', and one would hide"):
-        apart({"one": {"a": 1.0}, "other": {"a": 1.0}})
+    assert apart({"one": {"n": 2.0, "a": nan}, "other": {"n": 2.0, "a": nan}})["n"] == 2, "they say the same"
+    with pytest.raises(PluginError, match="the evals 'one' and 'other' both give a number 'a', 1 and 2, and one would"):
+        apart({"one": {"a": 1.0}, "other": {"a": 2.0}})

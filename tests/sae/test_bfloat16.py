@@ -247,12 +247,12 @@ def test_the_threshold_that_others_read_is_for_features_without_their_norms(tmp_
     assert float(((features @ tensors["W_dec"]) - (own / norms) @ tensors["W_dec"]).norm()) < 0.05 * float(pre.norm())
 
 
-def test_with_a_factor_norms_must_be_folded_and_are_in_float32(tmp_path: Path) -> None:
+def test_with_a_factor_norms_must_be_folded_and_are_rounded_once_more() -> None:
     """With the factor in W_dec, its rows have other norms than those that features are compared by."""
     sae = by_hand("topk", factor=True, dtype="bfloat16")
     tensors, norms = sae.public_tensors(), sae.W_dec.norm(dim=1)
-    assert tensors["W_enc"].dtype == tensors["W_dec"].dtype == torch.float32
-    assert torch.equal(tensors["W_enc"], sae.W_enc.float() * norms.float())
+    assert tensors["W_enc"].dtype == tensors["W_dec"].dtype == torch.bfloat16
+    assert torch.equal(tensors["W_enc"], (sae.W_enc.float() * norms.float()).bfloat16())
     assert sae.saved_options()["rescale_acts_by_decoder_norm"] is False
 
 

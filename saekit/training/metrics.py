@@ -132,20 +132,22 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
 
 
 def apart(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """What evals have ``found``, by their keys, as one; :class:`PluginError` where two give other numbers by one name."""
+    """What evals have ``found``, by their keys, as one.
+
+    :class:`PluginError` where two give other numbers by one name.
+    """
     whole: dict[str, float] = {}
     owners: dict[str, str] = {}
     for key, numbers in found.items():
         for name, value in numbers.items():
-            before = whole.get(name, value)
+            before = whole.setdefault(name, value)
+            owner = owners.setdefault(name, key)
             if value != before and not (math.isnan(value) and math.isnan(before)):
                 raise PluginError(
-                    f"the evals {owners[name]!r} and {key!r} both give a number {name!r}, {before:.4g} and {value:.4g}, "
-                    "and one would hide the other. Leave one of them out (evals.run, evals=[...]), or give the number another name in the "
-                    "eval that is yours"
+                    f"the evals {owner!r} and {key!r} both give a number {name!r}, {before:.4g} and {value:.4g}, and "
+                    "one would hide the other. Leave one of them out (evals.run, evals=[...]), or give the number "
+                    "another name in the eval that is yours"
                 )
-            whole.setdefault(name, value)
-            owners.setdefault(name, key)
     return whole
 
 

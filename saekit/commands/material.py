@@ -282,7 +282,7 @@ class Material:
             self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
         about = subject.sae.info.metadata
-        own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
+        own = corpus.dataset is None and subject.was_trained_on(corpus.config.path)
         every, split = self._held_out_of(subject) if own else (0, None)
         if given is not None and corpus.dataset is None and not (every or split):
             every, split = self._held_out_by_others(corpus.config.path)
@@ -299,7 +299,7 @@ class Material:
     def _held_out_by_others(self, path: str) -> tuple[int, str | None]:
         """What all SAEs that were trained on the text at ``path`` have held out, so that others are measured on that,
         too; of those that do not agree, nothing."""
-        of_it = [one for one in self._subjects if one.sae.info.metadata.get("dataset_path") == path]
+        of_it = [one for one in self._subjects if one.was_trained_on(path)]
         known = {self._held_out_of(one) for one in of_it if one.dataset is None} - {(0, None)}
         return next(iter(known)) if len(known) == 1 else (0, None)
 
@@ -311,8 +311,14 @@ def check_text_known(subject: Subject) -> None:
 
 
 def _check_named(subject: Subject, kind: str, option: str) -> None:
-    """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place."""
+    """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place.
+
+    Likewise where its name is a path in another folder than this.
+    """
     if kind not in subject.unnamed:
+        for name, why in subject.away.items():
+            if name.startswith(f"{kind}."):
+                raise ConfigError([(name, f"{why}, or say {kind}=... ({option.split()[0]})")])
         return
     told = f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory"
     name = subject.sae.info.metadata.get("model_name") if kind == "model" else None

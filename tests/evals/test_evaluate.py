@@ -19,6 +19,8 @@ from support.tiny import run_config
 import saekit
 from saekit.commands.measured import show_evaluations
 from saekit.commands.show import show
+from saekit.commands.terminal.measuring import evals_of
+from saekit.defaults import DEFAULT_EVALS
 from saekit.errors import ConfigError, ModelError, PluginError, PluginFailedError, SAEFormatError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
@@ -396,3 +398,13 @@ def test_one_text_for_all_is_what_was_held_out_from_any(runs: Path) -> None:
         saekit.compare(saes, verbose=False, **given)
     found = saekit.compare(saes, dataset=path, verbose=False, **given)
     assert found.about["held_out"] is True
+
+
+def test_an_eval_is_named_on_the_command_line_with_its_options() -> None:
+    table = {"name": "downstream", "kl": True}
+    assert evals_of(["reconstruction", '{name="downstream",kl=true}']) == ["reconstruction", table]
+    assert evals_of(None) == DEFAULT_EVALS
+    with pytest.raises(
+        ConfigError, match=r"--evals: is '{name=downstream}', which is no table of TOML; expected a key"
+    ):
+        evals_of(["{name=downstream}"])

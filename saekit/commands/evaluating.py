@@ -296,13 +296,19 @@ def evaluated(
     """
     from saekit.ambient import ambient
     from saekit.commands.dealing import measured_together
+    from saekit.commands.without_model import have_no_model, measured_without_model
+    from saekit.distributed.agreement import by_first
     from saekit.distributed.world import ALONE
 
     world = world or ALONE
     tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
-        groups = [*material.groups(subjects, site)]
+        alone = have_no_model(subjects, evals, material) if site is None else {}
+        if alone:
+            found |= by_first(world.all, lambda: measured_without_model(alone, evals, material.plugins)) or {}
+        others = {name: one for name, one in subjects.items() if name not in alone}
+        groups = [*material.groups(others, site)]
         for group in groups:
             check_nothing_attached(group.backend, "what is measured")
         choices = {

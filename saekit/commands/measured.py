@@ -60,6 +60,8 @@ def evaluation_table(found: Evaluations) -> Table:
 
 def measured_on(about: Mapping[str, Any]) -> str:
     """The text, the model and the tokens that count, in a line, of :attr:`~saekit.measuring.Evaluation.about`."""
+    if "n_contexts" not in about:
+        return "of the SAE alone, without a model and a text"
     used, of = about.get("tokens_used"), about.get("tokens_of")
     tokens = f"{used:,} of {of:,} tokens" if isinstance(used, int) and isinstance(of, int) else "all tokens"
     text = f"{about['n_contexts']:,} contexts of {about['context_size']:,} tokens of {about['dataset']}"

@@ -12,17 +12,16 @@ from torch import Tensor
 from saekit.abilities import HasTokenizer, TokenizesElsewhere
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.chats import DocumentIds, Tokenize, chat_tokenizer
-from saekit.data.contexts import ContextStream, Piece
+from saekit.data.contexts import Contexts, ContextStream, Piece
 from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.packer import TokenPolicy
-from saekit.data.sampling import drawn
 from saekit.data.text import STDLIB, Documents
 from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 
-__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "reader_of"]
+__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "drawn", "reader_of"]
 
 
 @attrs.frozen
@@ -209,6 +208,14 @@ class Corpus:
     ) -> ContextStream:
         by, reader = self.tokenize(backend), reader_of(backend)
         return self.stream(documents, by, backend.special_tokens, reader, repeat=repeat, piece=piece)
+
+
+def drawn(contexts: Contexts, n: int, seed: int) -> Contexts:
+    """``n`` of the contexts, or all that there are, in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randperm(len(contexts), generator=generator)[:n].sort().values.numpy()
+    counts = None if contexts.counts is None else contexts.counts[picked]
+    return Contexts(contexts.tokens[picked], contexts.documents[picked], counts)
 
 
 def reader_of(backend: ModelBackend) -> Reader:

@@ -6,15 +6,14 @@ from typing import TYPE_CHECKING
 
 import attrs
 import numpy as np
-import torch
 
 from saekit.data.contexts import Contexts, Piece
+from saekit.data.corpus import Corpus, drawn
 
 if TYPE_CHECKING:
-    from saekit.data.corpus import Corpus
     from saekit.protocols import ModelBackend
 
-__all__ = ["Sample", "drawn", "sampled", "stretch"]
+__all__ = ["Sample", "sampled", "stretch"]
 
 _FIRST_POOL = 1024
 """Documents that are drawn from, where they can only be read one after the other; more where they are too few."""
@@ -35,14 +34,6 @@ class Sample:
 def stretch(n: int) -> int:
     """How many contexts are packed, of which ``n`` are drawn."""
     return max(n, min(8 * n, _ENOUGH))
-
-
-def drawn(contexts: Contexts, n: int, seed: int) -> Contexts:
-    """``n`` of the contexts, or all that there are, in their order."""
-    generator = torch.Generator().manual_seed(seed)
-    picked = torch.randperm(len(contexts), generator=generator)[:n].sort().values.numpy()
-    counts = None if contexts.counts is None else contexts.counts[picked]
-    return Contexts(contexts.tokens[picked], contexts.documents[picked], counts)
 
 
 def sampled(corpus: Corpus, backend: ModelBackend, n: int, seed: int) -> Sample:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from saekit.devices import widest
 
-__all__ = ["Castable"]
+__all__ = ["Castable", "copied"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied(sae: _Module) -> _Module:
+    """A copy of an SAE, of the same part of the features: what :func:`copy.deepcopy` makes is for one process."""
+    share, found = cast("Any", sae).share, copy.deepcopy(sae)
+    vars(found).pop("losses", None)  # a compiled one belongs to the SAE that trains
+    cast("Any", found).share = share
+    return found
 
 
 class Castable(nn.Module):
@@ -40,8 +51,6 @@ class Castable(nn.Module):
         float16 becomes float32, in which other features may be the largest.  An architecture that rounds more than that
         when it saves says so.
         """
-        from saekit.sae.splitting import copied  # which imports this
-
         return copied(self).float() if self.dtype == torch.float16 else self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:

@@ -316,9 +316,9 @@ def _check_named(subject: Subject, kind: str, option: str) -> None:
     Likewise where its name is a path in another folder than this.
     """
     if kind not in subject.unnamed:
-        for name, why in subject.away.items():
-            if name.startswith(f"{kind}."):
-                raise ConfigError([(name, f"{why}, or say {kind}=... ({option.split()[0]})")])
+        for place, why in subject.away.items():
+            if place.startswith(f"{kind}."):
+                raise ConfigError([(place, f"{why}, or say {kind}=... ({option.split()[0]})")])
         return
     told = f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory"
     name = subject.sae.info.metadata.get("model_name") if kind == "model" else None

@@ -217,7 +217,7 @@ def parsed_choice(text: str, option: str) -> str | dict[str, Any]:
     """
     found = _parsed(text) if text.lstrip().startswith("{") else text
     if isinstance(found, dict) or not text.lstrip().startswith("{"):
-        return found  # type: ignore[no-any-return]
+        return found
     raise ConfigError([(option, f"is {text!r}, which is no table of TOML; expected a key, or options with it, as in "
                         "'{name=\"KEY\",option=value}'")])  # fmt: skip
 

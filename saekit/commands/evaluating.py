@@ -148,8 +148,8 @@ def evaluate(
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
     ``dataset`` is a path, a name on the Hub, options of a configuration, or texts in memory.  Left out, both are what
-    an SAE says, held out from its training; ``seed`` draws the contexts of it.  ``contexts [n, context_size]`` are token
-    ids in the place of a dataset.
+    an SAE says, held out from its training; ``seed`` draws contexts of it.  ``contexts [n, context_size]`` are token ids
+    in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,

@@ -314,6 +314,14 @@ class Evaluations(dict[str, Evaluation]):
         """The numbers that any of them has."""
         return list(dict.fromkeys(name for one in self.values() for name in one.values))
 
+    def by_text(self) -> list[Evaluations]:
+        """Those that were measured on the same contexts of one model, together: the numbers of others are not alike."""
+        found: dict[tuple[str, str], Evaluations] = {}
+        for name, one in self.items():
+            key = str(one.about.get("contexts_digest")), str(one.about.get("model"))
+            found.setdefault(key, Evaluations())[name] = one
+        return list(found.values())
+
     def rows(self) -> list[list[str]]:
         """A table for people: of each number its name, and what it is of each SAE."""
         return [[name, *(one.text_of(name) for one in self.values())] for name in self.names]
@@ -322,8 +330,10 @@ class Evaluations(dict[str, Evaluation]):
         return "\n".join(f"{name}: {one!r}" for name, one in self.items()) or "Evaluations({})"
 
     def _repr_html_(self) -> str:
-        """The table, for notebooks."""
-        return table_html("Evaluations", ["", *self], self.rows())
+        """The table, for notebooks; of SAEs on other contexts one of their own."""
+        parts = self.by_text() or [self]
+        titles = ["Evaluations", *["Evaluations on other contexts, or of another model"] * (len(parts) - 1)]
+        return "".join(table_html(title, ["", *part], part.rows()) for title, part in zip(titles, parts, strict=True))
 
 
 def json_text(told: Mapping[str, Any]) -> str:

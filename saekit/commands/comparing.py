@@ -186,6 +186,8 @@ def _check_model(first: str, backend: ModelBackend, other: str, backend_of_other
 def _other_text(first: str, one: Mapping[str, Any], other: str, two: Mapping[str, Any]) -> str:
     differ = [f"{name} {one.get(name)!r} and {two.get(name)!r}" for name in _FACTS if one.get(name) != two.get(name)]
     what = ", ".join(differ) or "how their text is packed into contexts, or what of it was held out, is not the same"
+    if one.get("dataset") == two.get("dataset") and one.get("held_out") and two.get("held_out"):
+        what += "; where each held out another part of one text, name a text that none was trained on"
     return (
         f"{first} and {other} would be measured on other contexts ({what}), and differences are paired by contexts. "
         "Name one text for all (dataset=..., --dataset), and one context_size if these differ; of SAEs that were "

@@ -28,7 +28,7 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.runs.spreading import sharing
 from saekit.site import Sites
 from saekit.tokens import TokenChoice
-from saekit.training.metrics import numbers_of
+from saekit.training.metrics import apart, numbers_of
 from saekit.values import EvalRun
 
 __all__ = ["measured_together"]
@@ -109,7 +109,9 @@ def _joined(
     backend, contexts, about = group.backend, group.contexts, group.about
     found = {}
     for name, subject, own in zip(chosen, measured, sums, strict=True):
-        parts = [_part(subject, key, built, own, backend, contexts) for key, built in made[name].items()]
+        told = {key: _part(subject, key, built, own, backend, contexts) for key, built in made[name].items()}
+        apart({key: part.numbers() for key, part in told.items()})
+        parts = told.values()
         facts = {key: value for key, value in about[name].items() if key != "sites"}
         facts |= {
             "sae": name,

@@ -148,7 +148,8 @@ def evaluate(
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
     ``dataset`` is a path, a name on the Hub, options of a configuration, or texts in memory.  Left out, both are what
-    an SAE says, held out from its training; ``contexts [n, context_size]`` are token ids in the place of a dataset.
+    an SAE says, held out from its training; ``seed`` draws contexts of it.  ``contexts [n, context_size]`` are token ids
+    in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one
     of them that has an option of that name: ``kl=True``, ``top1=True``, ``mean_ablation_contexts=32``,
@@ -296,13 +297,19 @@ def evaluated(
     """
     from saekit.ambient import ambient
     from saekit.commands.dealing import measured_together
+    from saekit.commands.without_model import have_no_model, measured_without_model
+    from saekit.distributed.agreement import by_first
     from saekit.distributed.world import ALONE
 
     world = world or ALONE
     tokens = tokens or ChosenTokens()
     found: dict[str, Evaluation] = {}
     with ambient():
-        groups = [*material.groups(subjects, site)]
+        alone = have_no_model(subjects, evals, material) if site is None else {}
+        if alone:
+            found |= by_first(world.all, lambda: measured_without_model(alone, evals, material.plugins)) or {}
+        others = {name: one for name, one in subjects.items() if name not in alone}
+        groups = [*material.groups(others, site)]
         for group in groups:
             check_nothing_attached(group.backend, "what is measured")
         choices = {

@@ -207,7 +207,8 @@ def _of_one_model(
         for name in group.names
     ]
     first = group.about[group.names[0]]
-    facts = {key: value for key, value in first.items() if key in ("dataset", "held_out", "seed")}
+    told = ("dataset", "held_out", "seed", "drawn_from_first_documents")
+    facts = {key: value for key, value in first.items() if key in told}
     allowed = allowed_in(group.mask, group.contexts, slice(None))
     return Pass(subjects, group.backend, group.contexts, batch_size, None if allowed is None else allowed.cpu()), facts
 

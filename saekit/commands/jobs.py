@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
     from saekit.data.cache.manifest import Manifest
     from saekit.runs.activations import Activations
+    from saekit.runs.record import RunRecord
     from saekit.runs.results import SweepResult, TrainResult
     from saekit.status import Status
 
@@ -136,6 +137,7 @@ def resume(
             resumption = Resumption.of(record.folder, cfg, _listed(overrides), allow, plugins, model, dataset, unusable)
             begun = resumption.checkpoint is not None
             configs = list(resumption.configs.values())
+            _check_here(resumption.record, configs, plugins, model, dataset)
             preflight.of_resume(configs, plugins, model, dataset, begun=begun).raise_any()
             with _status(configs) as say:
                 with uncollected():
@@ -144,6 +146,20 @@ def resume(
                     return go_on(resumption, plugins, model, dataset, say)
                 except UnusableCheckpointError as error:  # the one before it, in a session that has seen none
                     unusable[error.checkpoint] = str(error)
+
+
+def _check_here(
+    record: RunRecord, configs: Sequence[TrainConfig], plugins: PluginManager, model: object, dataset: object
+) -> None:
+    """:class:`ConfigError` for files that are not here but where the run was started."""
+    from saekit.runs.away import away
+
+    start = None if record.started_in is None else Path(record.started_in)
+    found = {option: told for config in configs for option, told in away(config, plugins, start).items()}
+    given = [section for section, one in (("model.", model), ("dataset.", dataset)) if one is not None]
+    if problems := [(option, told) for option, told in found.items() if not option.startswith((*given,))]:
+        problems = [(option, f"{told}, or name its place: {option}=... --allow {option}") for option, told in problems]
+        raise ConfigError(problems, str(record.folder))
 
 
 def plan(

@@ -84,7 +84,10 @@ class Material:
     say: Status | None = attrs.field(default=None, kw_only=True)
     _backends: dict[str, ModelBackend] = attrs.field(factory=dict, init=False)
     _fits: dict[tuple[str, int, str], Sites] = attrs.field(factory=dict, init=False)
-    _contexts: dict[str, tuple[Tensor, Tensor | None]] = attrs.field(factory=dict, init=False)
+    _contexts: dict[str, tuple[Tensor, Tensor | None, int | None]] = attrs.field(factory=dict, init=False)
+    _held: dict[str, tuple[int, str | None]] = attrs.field(factory=dict, init=False)
+    _subjects: tuple[Subject, ...] = attrs.field(default=(), init=False)
+    """Those that are measured together."""
     _told: set[str] = attrs.field(factory=set, init=False)
     """The SAEs whose configuration could not be loaded, as has been said."""
 
@@ -93,6 +96,7 @@ class Material:
         from saekit.splicing.doubts import begin_with_bos, doubts_of_place
         from saekit.splicing.fits import fitting_sites
 
+        self._subjects = (*subjects.values(),)
         if self.text.contexts is None and self.text.dataset is None:
             for subject in subjects.values():  # before a model is loaded
                 check_text_known(subject)
@@ -225,22 +229,28 @@ class Material:
         if key not in self._contexts:
             self._say("reading the text")
             self._contexts[key] = self._taken(corpus, backend, held_out)
+        found, mask, first = self._contexts[key]
         facts = {
             "dataset": corpus.config.path if corpus.dataset is None else "a dataset from memory",
             "held_out": held_out,
             "seed": self.text.seed,
+            **({} if first is None else {"drawn_from_first_documents": first}),
         }
-        return key, *self._contexts[key], facts, corpus.config.prepend_bos
+        return key, found, mask, facts, corpus.config.prepend_bos
 
-    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> tuple[Tensor, Tensor | None]:
+    def _taken(self, corpus: Corpus, backend: ModelBackend, held_out: bool) -> tuple[Tensor, Tensor | None, int | None]:
+        """Contexts, their mask, and of how many documents they were drawn, where the text has more of them."""
         import torch
 
         from saekit.data.activations import check_contexts
+        from saekit.data.sampling import sampled
 
+        first = None
         if held_out:
             found, mask = corpus.held_out_masked(backend, self.text.seed)
         else:
-            taken = corpus.contexts(backend).take(self.text.n_contexts)
+            sample = sampled(corpus, backend, self.text.n_contexts, self.text.seed)
+            taken, first = sample.contexts, sample.first
             check_contexts(len(taken), corpus.context_size)
             found = torch.from_numpy(taken.tokens)
             mask = None if taken.counts is None else torch.from_numpy(taken.counts)
@@ -251,7 +261,7 @@ class Material:
                 f"{self.text.n_contexts:,} were asked for (n_contexts): numbers are of those",
                 RuntimeWarning,
             )
-        return found, mask
+        return found, mask, first
 
     def _corpus(self, subject: Subject, backend: ModelBackend) -> tuple[Corpus, bool]:
         """The text, packed as for the SAE, and whether what was held out from its training is to be read of it."""
@@ -273,11 +283,26 @@ class Material:
             self._warn_of_fault(subject)
         corpus = corpus_of(subject.sae, backend, given, self.plugins)
         about = subject.sae.info.metadata
-        own = corpus.dataset is None and corpus.config.path == about.get("dataset_path")
-        every, split = _held_out(subject) if own else (0, None)
+        own = corpus.dataset is None and subject.was_trained_on(corpus.config.path)
+        every, split = self._held_out_of(subject) if own else (0, None)
+        if given is not None and corpus.dataset is None and not (every or split):
+            every, split = self._held_out_by_others(corpus.config.path)
         evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         mask = about.get("mask_column") if own else None
         return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
+
+    def _held_out_of(self, subject: Subject) -> tuple[int, str | None]:
+        """See :func:`_held_out`; what is assumed is said once."""
+        if subject.name not in self._held:
+            self._held[subject.name] = _held_out(subject)
+        return self._held[subject.name]
+
+    def _held_out_by_others(self, path: str) -> tuple[int, str | None]:
+        """What all SAEs that were trained on the text at ``path`` have held out, so that others are measured on that,
+        too; of those that do not agree, nothing."""
+        of_it = [one for one in self._subjects if one.was_trained_on(path)]
+        known = {self._held_out_of(one) for one in of_it if one.dataset is None} - {(0, None)}
+        return next(iter(known)) if len(known) == 1 else (0, None)
 
 
 def check_text_known(subject: Subject) -> None:
@@ -287,8 +312,14 @@ def check_text_known(subject: Subject) -> None:
 
 
 def _check_named(subject: Subject, kind: str, option: str) -> None:
-    """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place."""
+    """:class:`ConfigError` where what is needed came from memory: the configuration has another in its place.
+
+    Likewise where its name is a path in another folder than this.
+    """
     if kind not in subject.unnamed:
+        for place, why in subject.away.items():
+            if place.startswith(f"{kind}."):
+                raise ConfigError([(place, f"{why}, or say {kind}=... ({option.split()[0]})")])
         return
     told = f"is missing: the run in {subject.unnamed[kind]} was trained with a {kind} from memory"
     name = subject.sae.info.metadata.get("model_name") if kind == "model" else None

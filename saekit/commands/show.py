@@ -127,7 +127,7 @@ def _features(run: RunFolder) -> Iterator[str]:
         check_file(run.folder / "features.txt")
         lines = (run.folder / "features.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
-        if not (store / _STORE).is_file() and not page.is_file():
+        if not (store / _STORE).is_file() and not page.is_file() and not _without_model(run):
             yield f"none were collected; saekit features {_quoted(run.folder)}{_given(run)} does"
         return
     yield from lines[:_MOST_LINES]
@@ -144,13 +144,13 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
         yield "watch it", f"saekit watch {folder}"
     elif run.state.kind != "finished" and (run.folder / RECORD).exists():
         yield "go on with it", _resuming(run) or f"saekit train --resume {folder}"
-    if any(sae.saved for sae in run.saes.values()):
+    if any(sae.saved for sae in run.saes.values()) and not _without_model(run):
         collected = (run.folder / "features" / _STORE).is_file()
         if not collected:
             yield "features", f"saekit features {folder}{_given(run)}"
         yield "dashboard", f"saekit dashboard {folder}{_given(run, *(['model'] if collected else IN_MEMORY))}"
     if run.sweep:
-        if sum(bool(sae.saved) for sae in run.saes.values()) > 1:
+        if sum(bool(sae.saved) for sae in run.saes.values()) > 1 and not _without_model(run):
             yield "compare them", f"saekit compare {folder}{_given(run)}"
         if (found := _highest(run)) is not None:
             best, why = found
@@ -168,6 +168,11 @@ def _next(run: RunFolder) -> Iterator[tuple[str, str]]:
         other = " checkpoints.name=another" if sae.options.text("checkpoints.name") else ""
         named = "".join(f" {option}={kind.upper()}" for kind, option in OPTIONS.items() if kind in _unnamed(run))
         yield "one like it", f"saekit plan {_quoted(sae.home / 'config.toml')}{named}{other}"
+
+
+def _without_model(run: RunFolder) -> bool:
+    """Whether it says that there is no language model: what needs one would refuse it."""
+    return all(sae.record is not None and sae.record.model == "" for sae in run.saes.values())
 
 
 def _unnamed(run: RunFolder) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ from saekit.files.names import SAE_CONFIG, SAE_EVALS
 from saekit.files.paths import as_path
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.text import short
+from saekit.runs.away import away, started_in
 from saekit.runs.from_memory import from_memory
 from saekit.runs.place import RECORD
 
@@ -47,6 +48,19 @@ class Subject:
     """The text of its run, likewise."""
     unnamed: Mapping[str, Path] = attrs.field(factory=dict)
     """What its run was given from memory, so that no configuration names it: ``model``, ``dataset``, with the run."""
+
+    away: Mapping[str, str] = attrs.field(factory=dict)
+    """Options of the configuration that name what is not here, but where its run was started, each with why."""
+
+    started_in: Path | None = None
+    """The working directory of its run, where that says so."""
+
+    def was_trained_on(self, path: str) -> bool:
+        """Whether ``path`` names the text that the SAE says, wherever its run was started."""
+        own = self.sae.info.metadata.get("dataset_path")
+        if not isinstance(own, str) or self.started_in is None:
+            return path == own
+        return path == own or Path(path).absolute() == self.started_in / own
 
     @property
     def weights(self) -> dict[str, str]:
@@ -196,6 +210,9 @@ def _config(folder: Path, plugins: PluginManager, sae: SAEModule) -> dict[str, A
         kinds = {*from_memory(folder)}
         if sae.info.metadata.get("dataset_path", "") is None:  # says so itself, wherever its folder was copied
             kinds.add("dataset")
-        return {"config": load_config(file, plugins=plugins), "unnamed": dict.fromkeys(kinds, folder)}
+        config = load_config(file, plugins=plugins)
+        start = started_in(folder)
+        found = {"config": config, "unnamed": dict.fromkeys(kinds, folder), "started_in": start}
+        return found | {"away": away(config, plugins, start)}
     except SaekitError as error:
         return {"fault": f"{file} cannot be loaded: {error}"}

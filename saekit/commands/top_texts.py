@@ -84,7 +84,7 @@ def top_texts(
             dataset = None if result is not None and result.held_out is not None else subject.dataset
         backend = Material(plugins, Text(), model=model, say=say).model_of(subject)
         say("reading the text")
-        sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, plugins)
+        sites, contexts = _contexts(sae, backend, wanted, dataset, result, tokens, seed, plugins)
     from saekit.analysis.top_texts import find_top_texts
 
     with ProgressDisplay(contexts.numel(), doing="looking", verbose=verbose) as progress:
@@ -156,6 +156,7 @@ def _contexts(
     dataset: object | None,
     result: TrainResult | None,
     tokens: int,
+    seed: int,
     plugins: PluginManager,
 ) -> tuple[Sites, Tensor]:
     """Where the SAE is in the model, and token ids ``[n, context_size]``, of about so many tokens."""
@@ -163,6 +164,7 @@ def _contexts(
 
     from saekit.ambient import ambient
     from saekit.data.activations import check_contexts
+    from saekit.data.sampling import sampled
     from saekit.runs.opening import check_context_size
     from saekit.splicing.fits import check_fits
 
@@ -171,10 +173,10 @@ def _contexts(
             corpus = result.corpus
             sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos, masked=None)
             evals = attrs.evolve(corpus.evals, n_contexts=max(tokens // corpus.context_size, 1))
-            return sites, attrs.evolve(corpus, evals=evals).held_out(backend, seed=0)
+            return sites, attrs.evolve(corpus, evals=evals).held_out(backend, seed)
         corpus = corpus_of(sae, backend, dataset, plugins)
         sites = check_fits(sae, backend, wanted, prepend_bos=corpus.config.prepend_bos, masked=None)
         check_context_size(backend, corpus.context_size)
-        found = corpus.contexts(backend).take(max(tokens // corpus.context_size, 1)).tokens
+        found = sampled(corpus, backend, max(tokens // corpus.context_size, 1), seed).contexts.tokens
     check_contexts(len(found), corpus.context_size)
     return sites, torch.from_numpy(found)

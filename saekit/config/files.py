@@ -220,6 +220,18 @@ def _parts(text: str) -> list[str]:
     return parts
 
 
+def parsed_choice(text: str, option: str) -> str | dict[str, Any]:
+    """A plugin by its key, or as a table, ``{name="KEY", option=value}``, as overrides have it.
+
+    :class:`ConfigError`, of ``option``, for a table that is none.
+    """
+    found = _parsed(text) if text.lstrip().startswith("{") else text
+    if isinstance(found, dict) or not text.lstrip().startswith("{"):
+        return found
+    raise ConfigError([(option, f"is {text!r}, which is no table of TOML; expected a key, or options with it, as in "
+                        "'{name=\"KEY\",option=value}'")])  # fmt: skip
+
+
 def _parsed(text: str) -> Any:
     try:
         read = read_toml(f"value = {text}")

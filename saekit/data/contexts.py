@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import numpy as np
@@ -20,7 +20,10 @@ from saekit.data.text import Documents
 from saekit.data.tokenizing import Ids, ReadAhead, TokenizingProcesses
 from saekit.errors import ConfigError, DataError
 
-__all__ = ["ContextStream", "Contexts"]
+__all__ = ["ContextStream", "Contexts", "Piece"]
+
+Piece: TypeAlias = Callable[[int, int], tuple[int, int]]
+"""Of a document's number and its tokens, where what is read of it begins and ends."""
 
 
 @attrs.frozen(eq=False)
@@ -56,8 +59,10 @@ class ContextStream:
         d_vocab: int,
         repeat: bool,
         masked: bool = False,
+        piece: Piece | None = None,
     ) -> None:
         self.policy = policy
+        self._piece = piece
         self._documents = documents if isinstance(documents, Documents) else Documents(documents)
         self._tokenize = tokenize
         self._d_vocab = d_vocab
@@ -157,6 +162,8 @@ class ContextStream:
                 continue
             self._hold(*read)  # if it raises, the state is still that of the document before
             self._before = before
+            if self._piece is not None:
+                self._cut(self._piece)
             self._tokens_this_epoch += len(self._document)
             if len(self._document):
                 return True
@@ -165,6 +172,11 @@ class ContextStream:
         tokens = self._checked(document, number)
         self._number, self._document, self._offset = number, tokens, offset
         self._counts = document.counts if isinstance(document, Masked) else None
+
+    def _cut(self, piece: Piece) -> None:
+        """Go on with a piece of the document in hand, which need not begin it."""
+        self._offset, end = piece(self._number, len(self._document))
+        self._document, self._joins = self._document[:end], self._offset > 0
 
     def _open_inherited(self) -> bool:
         """Take what is left of the next document in hand that another process had; False when nothing is."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from saekit.abilities import HasTokenizer, TokenizesElsewhere
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.chats import DocumentIds, Tokenize, chat_tokenizer
-from saekit.data.contexts import ContextStream
+from saekit.data.contexts import Contexts, ContextStream, Piece
 from saekit.data.in_memory import is_one_text, part_of_text
 from saekit.data.packed import DOCUMENT_IDS, POLICY_DEFAULTS, PRETOKENIZED, Packed, Reader, held_documents
 from saekit.data.packer import TokenPolicy
@@ -21,7 +21,7 @@ from saekit.data.vocabulary import Vocabulary
 from saekit.errors import ConfigError, DataError
 from saekit.protocols import ModelBackend
 
-__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "reader_of"]
+__all__ = ["POLICY_DEFAULTS", "PRETOKENIZED", "Corpus", "drawn", "reader_of"]
 
 
 @attrs.frozen
@@ -95,8 +95,9 @@ class Corpus:
         reader: Reader,
         *,
         repeat: bool,
+        piece: Piece | None = None,
     ) -> ContextStream:
-        """The contexts of ``documents``, which this corpus has opened, by a tokenizer.
+        """The contexts of ``documents``, which this corpus has opened, by a tokenizer; of each only a ``piece``.
 
         :class:`DataError` says what does not fit ``reader``.
         """
@@ -105,12 +106,16 @@ class Corpus:
             self.packed.check(documents.first, policy, reader)
             policy = attrs.evolve(policy, begin_sequence=None, separator=None, one_document=False)
         _check_ids(documents, policy, reader)
-        masked = self.mask is not None
-        return ContextStream(documents, tokenize, policy, d_vocab=reader.d_vocab, repeat=repeat, masked=masked)
+        masked, d_vocab = self.mask is not None, reader.d_vocab
+        return ContextStream(documents, tokenize, policy, d_vocab=d_vocab, repeat=repeat, masked=masked, piece=piece)
 
     def contexts(self, backend: ModelBackend) -> ContextStream:
         """The training contexts, without the documents that are held out."""
         return self._stream(backend, self.training_documents(), repeat=self.config.on_exhausted == "repeat")
+
+    def packed_from(self, backend: ModelBackend, documents: Documents, piece: Piece | None) -> ContextStream:
+        """Those of ``documents``, which this corpus has opened: of each only a ``piece``, where one is asked for."""
+        return self._stream(backend, documents, repeat=False, piece=piece)
 
     def training_documents(self) -> Documents:
         """What is trained on: all documents, or all that are not held out; of several processes, this one's part."""
@@ -147,11 +152,8 @@ class Corpus:
                 "evals.held_out_every, name a split of its own in evals.split, use more or smaller documents, or "
                 "measure nothing: evals.run=[]"
             )
-        generator = torch.Generator().manual_seed(seed)
-        picked = torch.randperm(len(contexts), generator=generator)[: self.evals.n_contexts]
-        order = picked.sort().values
-        mask = None if contexts.counts is None else torch.from_numpy(contexts.counts)[order]
-        return torch.from_numpy(contexts.tokens)[order], mask
+        found = drawn(contexts, self.evals.n_contexts, seed)
+        return torch.from_numpy(found.tokens), None if found.counts is None else torch.from_numpy(found.counts)
 
     def _held_out_documents(self) -> Documents:
         every, split = self.evals.held_out_every, self.evals.split
@@ -201,9 +203,19 @@ class Corpus:
         """What cannot be found out about the contexts and the model, in words."""
         return [] if self.packed is None else self.packed.doubts(reader_of(backend))
 
-    def _stream(self, backend: ModelBackend, documents: Documents, *, repeat: bool) -> ContextStream:
-        tokenize = self.tokenize(backend)
-        return self.stream(documents, tokenize, backend.special_tokens, reader_of(backend), repeat=repeat)
+    def _stream(
+        self, backend: ModelBackend, documents: Documents, *, repeat: bool, piece: Piece | None = None
+    ) -> ContextStream:
+        by, reader = self.tokenize(backend), reader_of(backend)
+        return self.stream(documents, by, backend.special_tokens, reader, repeat=repeat, piece=piece)
+
+
+def drawn(contexts: Contexts, n: int, seed: int) -> Contexts:
+    """``n`` of the contexts, or all that there are, in their order."""
+    generator = torch.Generator().manual_seed(seed)
+    picked = torch.randperm(len(contexts), generator=generator)[:n].sort().values.numpy()
+    counts = None if contexts.counts is None else contexts.counts[picked]
+    return Contexts(contexts.tokens[picked], contexts.documents[picked], counts)
 
 
 def reader_of(backend: ModelBackend) -> Reader:

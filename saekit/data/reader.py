@@ -32,7 +32,9 @@ class DocumentReader:
         owners: Owners | None = None,
         form: Form | None = None,
         dealer: Dealer | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
+        self._order = order  # the positions of records that can be read at any place; None: from the first on
         self._dealer = dealer  # of those that are chosen, which are read; None: all
         self._records, self._column, self._keep, self._seekable = records, column, keep, seekable
         self._where, self._owners, self._form = where, owners, form or Form()
@@ -46,7 +48,7 @@ class DocumentReader:
     def __next__(self) -> tuple[int, Document]:
         while True:
             record = self._record()
-            index, self._next = self._next, self._next + 1
+            index, self._next = self._index, self._next + 1
             if self._keep is not None and not self._keep(index):
                 continue
             if self._owners is not None and not self._chosen(record, index):
@@ -62,6 +64,11 @@ class DocumentReader:
                     "a text or a list of token ids"
                 )
             return index, self._form.made(document, record, index, self._where)
+
+    @property
+    def _index(self) -> int:
+        """The position in the dataset of the record that was read."""
+        return self._next if self._order is None else self._order[self._next]
 
     def _chosen(self, record: Any, index: int) -> bool:
         assert self._owners is not None
@@ -81,9 +88,11 @@ class DocumentReader:
         except (StopIteration, DataError):
             raise
         except Exception as error:  # a file that is damaged later on, a connection that ended: any type at all
-            raise DataError(f"document {self._next} of {self._where} cannot be read: {reason(error)}") from error
+            raise DataError(f"document {self._index} of {self._where} cannot be read: {reason(error)}") from error
 
     def _begin(self) -> Iterator[Any]:
+        if self._order is not None:
+            return (self._records[index] for index in itertools.islice(self._order, self._next, None))
         if not self._seekable:
             return _from(self._records, self._next)
         return itertools.islice(iter(self._records), 0 if self._loaded is not None else self._next, None)

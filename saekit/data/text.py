@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ class Documents:
     ) -> None:
         self._part: tuple[int, int] = (0, 1)
         self._before: Before = ()
+        self._order: Sequence[int] | None = None
         self._records = records
         self._form = form or Form()
         self._keep, self._owners = keep, owners
@@ -122,6 +124,21 @@ class Documents:
         own._part = (number, parts)
         return own
 
+    def shuffled(self, seed: int, most: int) -> tuple[Documents, int, bool]:
+        """At most so many in an order that ``seed`` draws, of how many these were drawn, and whether they are all.
+
+        They are from all over a dataset that can be read at any place, and from the beginning of any other.
+        """
+        own, records = copy.copy(self), self._records
+        if isinstance(records, Sized) and hasattr(records, "__getitem__"):
+            size = len(records)
+            whole = size <= most
+        else:
+            read, whole = _beginning(_copied(records) if self._seekable else records, most, self._where)
+            own._records, own._seekable, size = read, False, len(read)
+        own._order = random.Random(seed).sample(range(size), min(size, most))
+        return own, size, whole
+
     @property
     def place(self) -> tuple[int, int]:
         """Which of how many parts these are."""
@@ -153,7 +170,7 @@ class Documents:
         records = _copied(self._records) if self._seekable else self._records  # the position is in the object
         return DocumentReader(
             records, self.column, self._keep, seekable=self._seekable, where=self._where, owners=self._owners,
-            form=self._form, dealer=dealer,
+            form=self._form, dealer=dealer, order=self._order,
         )  # fmt: skip
 
 
@@ -166,6 +183,33 @@ def _copied(records: Any) -> Any:
 
     table = getattr(HfFileSystem, "_cache", None)
     return copy.deepcopy(records, {id(table): table})
+
+
+def _beginning(records: Iterable[Any], most: int, where: str) -> tuple[list[Any], bool]:
+    """The first records, at most so many and of 16,384 characters on average, and whether there are no more."""
+    found: list[Any] = []
+    size = 0
+    try:
+        for record in records:
+            if len(found) == most or size > most * 16_384:
+                return found, False
+            found.append(record)
+            size += _size(record)
+    except DataError:
+        raise
+    except Exception as error:  # as of a record that a reader comes to
+        raise DataError(f"document {len(found)} of {where} cannot be read: {reason(error)}") from error
+    return found, True
+
+
+def _size(record: Any) -> int:
+    """About how many characters there are in it."""
+    if isinstance(record, Mapping):
+        return sum(map(_size, record.values()))
+    if isinstance(record, (str, bytes)) or not hasattr(record, "__len__"):
+        return len(record) if isinstance(record, (str, bytes)) else 4
+    first = next(iter(record), None)
+    return sum(map(_size, record)) if isinstance(first, (str, Mapping)) else 4 * len(record)
 
 
 def _first(records: Any, where: str) -> Any:

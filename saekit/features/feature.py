@@ -171,7 +171,8 @@ class Feature:
     @property
     def sampled(self) -> NDArray[np.bool_]:
         """``[entries]``: which are in the fair sample; all, where all are stored."""
-        return self._entries[3]
+        sampled = self._entries[3]
+        return np.ones_like(sampled) if self.complete else sampled
 
     def window(self, context: int, position: int, window: Width = (5, 5)) -> Window:
         """The text around a token, with the activations.
@@ -235,7 +236,7 @@ class Feature:
         """The share of tokens in an interval, and some places."""
         values = self.values.astype(np.float64)
         inside = (values >= low) & (values <= high)
-        whole = low > self.sae.complete_above(self._row)  # then all that are in it are stored
+        whole = self.complete or low > self.sae.complete_above(self._row)  # then all that are in it are stored
         pool = np.flatnonzero(inside if whole else inside & self.sampled)
         all_of_it = len(pool) if whole else len(pool) * self.fired / max(int(self.sampled.sum()), 1)
         with_zero = low <= 0 <= high

@@ -122,7 +122,8 @@ def _rows(sae: SAERun) -> Iterator[tuple[str, str, str]]:
 
 
 def _cell_of(value: float | None, text: Any) -> str:
-    return "" if value is None else "nan" if not math.isfinite(value) else str(text(value))
+    """A metric that is no number, or an infinite one, is the same in files of JSON."""
+    return "" if value is None else "not finite" if not math.isfinite(value) else str(text(value))
 
 
 def summary_table(rows: Sequence[Mapping[str, Any]], console: Console) -> Table:

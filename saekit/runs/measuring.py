@@ -18,7 +18,7 @@ from saekit.runs.checks import chosen_evals
 from saekit.runs.session import Member, Session
 from saekit.runs.spreading import sharing
 from saekit.sae.splitting import infers_by_parts, outline_of
-from saekit.training.metrics import eval_metrics, numbers_of, weight_metrics
+from saekit.training.metrics import apart, eval_metrics, numbers_of, weight_metrics
 from saekit.values import Histogram
 
 __all__ = ["evaluate"]
@@ -50,9 +50,7 @@ def _measure(session: Session, groups: _Groups, found: dict[str, dict[str, float
         weights = [weight_metrics(one.sae) for one in asked]
         told = _told(session, group, asked, held_out, mask)
         for member, histograms, one in zip(group, weights, told or [], strict=told is not None):
-            numbers: dict[str, float] = {}
-            for key, value in one.found.items():
-                numbers |= numbers_of(key, value)
+            numbers = apart({key: numbers_of(key, value) for key, value in one.found.items()})
             found[member.name] = eval_metrics(numbers) | histograms
             member.remarks = one.remarks
 

@@ -50,6 +50,9 @@ class RunRecord:
     """What is used of the text, where that is not all: as in the SAEs' metadata."""
     changed: tuple[str, ...] | None = None
     """The options that tell the SAEs of a sweep apart; None where it does not say."""
+    started_in: str | None = None
+    """The working directory of :func:`saekit.train`, where the configuration has paths relative to it; None where an
+    older saekit began, too."""
 
     _given_in: Path | None = attrs.field(factory=here, init=False, repr=False, eq=False)
 
@@ -82,6 +85,8 @@ class RunRecord:
         table: dict[str, Any] = {"format": FORMAT, "saes": dict(self.saes), "in_memory": list(self.in_memory)}
         if self.model is not None:
             table["model"] = self.model
+        if self.started_in is not None:
+            table["started_in"] = self.started_in
         if self.used:
             table["used"] = dict(self.used)
         if self.changed is not None:
@@ -118,7 +123,10 @@ class RunRecord:
             model = table["model"] if isinstance(table.get("model"), str) else None
             used = table["used"] if isinstance(table.get("used"), dict) else {}
             memory, changed = tuple(table["in_memory"]), _changed_of(table)
-            record = cls(folder, saes, memory, model, checkpointed, *_end_of(table), used=used, changed=changed)
+            start = table["started_in"] if isinstance(table.get("started_in"), str) else None
+            record = cls(
+                folder, saes, memory, model, checkpointed, *_end_of(table), used=used, changed=changed, started_in=start
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise PlaceError(f"{path} cannot be read: {type(error).__name__} {error}") from error
         if fault := record._fault() or record.way_out():

@@ -27,6 +27,7 @@ from saekit.errors import (
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
 from saekit.plugins.manager import PluginManager
+from saekit.runs.away import start_of
 from saekit.runs.checkpoints import all_checkpoints
 from saekit.runs.checks import alone_in, has_model
 from saekit.runs.ending import Ending, end_of
@@ -103,7 +104,10 @@ def _begin(
         in_memory = [kind for kind, given in (("model", model), ("dataset", dataset)) if given is not None]
         model_name = str(session.backend.name) if has_model(configs[0], plugins) else ""
         used = dict(item for each in session.used for item in each.metadata.items())
-        record = RunRecord(folder, {name: home or name for name in names}, tuple(in_memory), model_name, used=used)
+        record = RunRecord(
+            folder, {name: home or name for name in names}, tuple(in_memory), model_name, used=used,
+            started_in=start_of(configs, plugins, given_in),
+        )  # fmt: skip
         if not world.main:
             return _run(session, record)
         record.write({name: member.config for name, member in session.members.items()}, plugins)
@@ -366,7 +370,10 @@ def _saved(session: Session, record: RunRecord, saving: Saving, enough: float) -
 
 def _rescued(session: Session, record: RunRecord) -> RunRecord:
     """A new run folder in the place of one that is lost."""
-    rescued = RunRecord(rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used)
+    rescued = RunRecord(
+        rescue_folder(record.folder), record.saes, record.in_memory, record.model, used=record.used,
+        started_in=record.started_in,
+    )  # fmt: skip
     rescued.write({name: member.config for name, member in session.members.items()}, session.plugins)
     RunRecord.note_end(rescued.folder, RunEnd("failed", f"its folder {record.folder} was lost"), {})
     return rescued

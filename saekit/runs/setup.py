@@ -30,10 +30,11 @@ from saekit.runs.randomness import seeded
 from saekit.runs.spreading import spread
 from saekit.runs.transforms import estimator_of, give_chosen, refuse_maps, starting_rows, transform_problems
 from saekit.sae.build import build_module, initialize
+from saekit.sae.casting import copied
 from saekit.sae.init import starts_by_parts
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of, tensors_of
-from saekit.sae.splitting import copied, give_part, whole_like
+from saekit.sae.splitting import give_part, whole_like
 from saekit.site import Site, Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.schedule import ComposedSchedule

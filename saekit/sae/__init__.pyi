@@ -1,6 +1,7 @@
 from . import init as init
 from .build import build_module as build_module
 from .build import initialize as initialize
+from .casting import copied as copied
 from .hooks import HookPoint as HookPoint
 from .init import geometric_median as geometric_median
 from .inputs import check_maps as check_maps

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
-from typing import Any, Self
+from typing import Any, Self, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from saekit.devices import widest
 
-__all__ = ["Castable"]
+__all__ = ["Castable", "copied"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def copied(sae: _Module) -> _Module:
+    """A copy of an SAE, of the same part of the features: what :func:`copy.deepcopy` makes is for one process."""
+    share, found = cast("Any", sae).share, copy.deepcopy(sae)
+    vars(found).pop("losses", None)  # a compiled one belongs to the SAE that trains
+    cast("Any", found).share = share
+    return found
 
 
 class Castable(nn.Module):
     """What :class:`saekit.sae.module.SAEModule` has of it."""
+
+    dtype: Any
 
     def kept_in_digits(self) -> Collection[Tensor]:
         """The parameters that are never in less than float32."""
@@ -31,6 +44,14 @@ class Castable(nn.Module):
         for parameter in self.parameters():
             wide = torch.promote_types(dtype, torch.float32)
             parameter.data = parameter.data.to(wide if id(parameter) in kept else dtype)
+
+    def as_loaded(self) -> Self:
+        """As it is when it is loaded again: itself, or a copy where that is another, by which its probe is made.
+
+        float16 becomes float32, in which other features may be the largest.  An architecture that rounds more than that
+        when it saves says so.
+        """
+        return copied(self).float() if self.dtype == torch.float16 else self
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """What every ``.to`` goes through.  Buffers in float64, running sums, stay so wherever there is float64, and

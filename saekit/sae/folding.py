@@ -36,8 +36,9 @@ class Folding:
         """From now on do on ``x`` what was done on ``scale · x``: ``W_enc · s``, ``W_dec / s``, ``b_dec / s``.
 
         What comes out was, and no longer is, ``target_scale`` times as large; left out, that is ``scale``.  Both are
-        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.  :class:`ConfigError` for what is
-        not finite and above 0.
+        numbers, or vectors ``[d_in]`` and ``[d_out]`` with a factor for each port.  Features stay what they are, unless
+        they are multiplied by the norms of decoder rows: then they, and their thresholds, are divided by the factor.
+        :class:`ConfigError` for what is not finite and above 0.
         """
         check_scales(scale, target_scale, self.ports)
         self._check_no_transform("a factor")

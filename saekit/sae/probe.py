@@ -24,7 +24,7 @@ from saekit.distributed.share import Share
 from saekit.files.names import SAE_PROBE
 from saekit.precision import current_precision
 from saekit.reasons import error_text
-from saekit.sae.splitting import copied, saved_along
+from saekit.sae.splitting import saved_along
 from saekit.weights import dtype_name
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def probe_of(sae: SAEModule, saved: Mapping[str, Tensor]) -> Probe | None:
     """
     share = sae.share
     try:
-        sae = _as_loaded(sae)
+        sae = sae.as_loaded()
         with as_it_is(sae):
             rows, made = sae.probe_rows, sae.probe_rows is None
             x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
@@ -115,11 +115,6 @@ def _norms_of_all(norms: dict[str, float], split: Collection[str], share: Share)
     parts = share.features.objects({name: norms.get(name, math.inf) for name in (*split,)})
     norms |= {name: math.hypot(*(part[name] for part in parts)) for name in split}
     return {name: norm for name, norm in norms.items() if math.isfinite(norm)}
-
-
-def _as_loaded(sae: SAEModule) -> SAEModule:
-    """As it is when it is loaded again: float16 becomes float32, in which other features may be the largest."""
-    return copied(sae).float() if sae.dtype == torch.float16 else sae
 
 
 def _warn(why: str) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
 __all__ = [
-    "check_spread", "copied", "gathered", "give_part", "infers_by_parts", "is_saved_by_parts", "keep_part",
+    "check_spread", "gathered", "give_part", "infers_by_parts", "is_saved_by_parts", "keep_part",
     "outline_of", "parts_of", "saved_along", "spread_of", "whole_like",
 ]  # fmt: skip
 
@@ -148,14 +148,6 @@ def gathered(sae: SAEModule) -> SAEModule:
         dim = entry.dims.index("d_sae")
         getattr(whole, entry.name).data.copy_(torch.cat(share.features.gather(value), dim=dim))
     return whole.to(sae.device)
-
-
-def copied(sae: SAEModule) -> SAEModule:
-    """A copy, of the same part of the features: what :func:`copy.deepcopy` makes is for one process."""
-    share, found = sae.share, copy.deepcopy(sae)
-    vars(found).pop("losses", None)  # a compiled one belongs to the SAE that trains
-    found.share = share
-    return found
 
 
 def parts_of(tensors: dict[str, Tensor], along: Mapping[str, int], features: Group) -> dict[str, Tensor]:

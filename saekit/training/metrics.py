@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from saekit.distributed.share import WHOLE, Share
-from saekit.errors import PluginFailedError
+from saekit.errors import PluginError, PluginFailedError
 from saekit.sae.module import SAEModule
 from saekit.values import Histogram, Ports, StepOutput
 
@@ -32,23 +33,25 @@ def step_metrics(
     """The metrics of a step towards ``target [n, d_out]``, of which and of the features ``share`` is this process's.
 
     ``result`` has the numbers and counts of the whole batch.  Reading them is the one place that waits for the device.
+    Of a target that is the same in all rows, as in a batch of one, no variance can be explained: that is left out.
     """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    squares, variances = _squares(target, result.output, share)
+    explained, spread = _explained(target, result.output, ports, share)
     values: dict[str, Tensor] = {f"losses/{name}": value for name, value in result.losses.items()}
     values |= {
         "losses/overall_loss": result.loss,
-        "metrics/explained_variance": 1 - squares.sum() / variances.sum(),
-        "metrics/explained_variance_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
+        **explained,
         "metrics/l0": share.features.sum(result.fired.sum()) / share.n(len(target)),
         "sparsity/mean_passes_since_fired": share.all_features(since_fired).to(dtype).mean(),
         "sparsity/dead_features": share.features.sum(dead.sum()),
         "details/grad_norm": grad_norm,
     }
-    values |= _of_each_target(target, result.output, ports, share)
     values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
-    numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in values.values()]).tolist()
-    return dict(zip(values, numbers, strict=True)) | {
+    read = [*values.values(), *spread.values()]
+    numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in read]).tolist()
+    still = {name for name, total in zip(spread, numbers[len(values) :], strict=True) if total == 0}
+    found = zip(values, numbers[: len(values)], strict=True)
+    return {name: value for name, value in found if name not in still} | {
         "details/current_learning_rate": lr,
         **{f"details/current_{name}": float(value) for name, value in result.coefficients.items()},
         "details/n_training_tokens": tokens,
@@ -61,16 +64,24 @@ def _squares(target: Tensor, output: Tensor, share: Share) -> tuple[Tensor, Tens
     return share.all_rows(squares), share.all_rows(variances)
 
 
-def _of_each_target(target: Tensor, output: Tensor, ports: Ports, share: Share) -> dict[str, Tensor]:
-    """The explained variance of each of several targets."""
-    if len(ports.targets) == 1:
-        return {}
-    pairs = zip(ports.split_target(target).items(), ports.split_target(output).values(), strict=True)
-    found = {name: _squares(wanted, given, share) for (name, wanted), given in pairs}
-    return {
-        f"metrics/explained_variance/{name}": 1 - squares.sum() / variances.sum()
-        for name, (squares, variances) in found.items()
+def _explained(
+    target: Tensor, output: Tensor, ports: Ports, share: Share
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The explained variance, and of each of several targets, and by the same names how much there was of it."""
+    squares, variances = _squares(target, output, share)
+    name = "metrics/explained_variance"
+    found = {
+        name: 1 - squares.sum() / variances.sum(),
+        f"{name}_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
     }
+    spread = dict.fromkeys(found, variances.sum())
+    if len(ports.targets) > 1:
+        given = ports.split_target(output)
+        for of, wanted in ports.split_target(target).items():
+            squares, variances = _squares(wanted, given[of], share)
+            spread[f"{name}/{of}"] = variances.sum()
+            found[f"{name}/{of}"] = 1 - squares.sum() / variances.sum()
+    return found, spread
 
 
 def histogram(values: Tensor, bins: int = 64) -> Histogram:
@@ -118,6 +129,26 @@ def numbers_of(key: str, found: object) -> dict[str, float]:
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise PluginFailedError(f"the eval '{key}' returned {name} = {value!r:.60}, expected a number") from error
     return numbers
+
+
+def apart(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """What evals have ``found``, by their keys, as one.
+
+    :class:`PluginError` where two give other numbers by one name.
+    """
+    whole: dict[str, float] = {}
+    owners: dict[str, str] = {}
+    for key, numbers in found.items():
+        for name, value in numbers.items():
+            before = whole.setdefault(name, value)
+            owner = owners.setdefault(name, key)
+            if value != before and not (math.isnan(value) and math.isnan(before)):
+                raise PluginError(
+                    f"the evals {owner!r} and {key!r} both give a number {name!r}, {before:.4g} and {value:.4g}, and "
+                    "one would hide the other. Leave one of them out (evals.run, evals=[...]), or give the number "
+                    "another name in the eval that is yours"
+                )
+    return whole
 
 
 def eval_metrics(found: Mapping[str, float]) -> dict[str, float | Histogram]:

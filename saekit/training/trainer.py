@@ -18,10 +18,11 @@ from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
 from saekit.precision import check_precision, in_words, products
 from saekit.protocols import ModelBackend
+from saekit.sae.casting import copied
 from saekit.sae.module import SAEModule
 from saekit.sae.parameters import Factor, factors_of
 from saekit.sae.probe import MOST_ROWS
-from saekit.sae.splitting import copied, gathered
+from saekit.sae.splitting import gathered
 from saekit.sae.transforms import SiteMaps
 from saekit.site import Sites
 from saekit.training.firing import FiringStatistics

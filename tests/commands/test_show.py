@@ -101,6 +101,16 @@ def test_what_came_from_memory_is_in_what_to_type_next(tmp_path: Path) -> None:
     assert rest(shown(stopped), "next")[0] == f"go on with it  saekit.resume('{stopped}', dataset=...)"
 
 
+def test_of_a_run_without_a_model_nothing_is_said_that_needs_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    record = json.loads((run / "run.json").read_text()) | {"model": ""}
+    (run / "run.json").write_text(json.dumps(record))
+    text = shown(run)
+    assert "saekit features" not in text
+    assert "saekit dashboard" not in text
+    assert rest(text, "next")[0].startswith("in Python")
+
+
 @pytest.mark.parametrize("end", ["interrupted", "failed", "diverged"])
 def test_a_run_that_ended_early(tmp_path: Path, end: str) -> None:
     folder = write_run(tmp_path / "a run", records(40, of=100), end=end, reason="why", sae=False)

@@ -19,7 +19,9 @@ from support.tiny import run_config
 import saekit
 from saekit.commands.measured import show_evaluations
 from saekit.commands.show import show
-from saekit.errors import ConfigError, ModelError, PluginFailedError, SAEFormatError
+from saekit.commands.terminal.measuring import evals_of
+from saekit.defaults import DEFAULT_EVALS
+from saekit.errors import ConfigError, ModelError, PluginError, PluginFailedError, SAEFormatError
 from saekit.measuring import Evaluation, Evaluations
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -295,6 +297,14 @@ def test_an_eval_that_fails_is_named(runs: Path) -> None:
         saekit.evaluate(runs / "a", evals=["failing"], plugins=plugins, save=False, verbose=False)
 
 
+def test_two_evals_with_a_number_of_one_name_are_both_named(runs: Path) -> None:
+    plugins = manager(None, fake_plugin("evals", "mine", lambda config, *, run: lambda *_, **__: {"l0_se": 9.0}))
+    evals: dict[str, Any] = {"evals": ["reconstruction", "mine"], "plugins": plugins}
+    told = "the evals 'saekit:reconstruction' and 'test:mine' both give a number 'l0_se', .* and 9"
+    with pytest.raises(PluginError, match=told):
+        saekit.evaluate(runs / "a", save=False, verbose=False, n_contexts=4, **evals)
+
+
 def test_a_table_and_json_are_shown(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = evaluated(runs, save=False)
     show_evaluations(found)
@@ -349,3 +359,52 @@ def test_natural_mistakes_get_near_names(runs: Path) -> None:
     for name in ("", "a\nb"):
         with pytest.raises(ConfigError, match="saes: have a name .*, which tables cannot show"):
             saekit.compare({name: runs / "a", "b": runs / "b"}, plugins=manager(), verbose=False)
+
+
+def test_a_given_text_is_drawn_by_the_seed(runs: Path) -> None:
+    documents = [{"text": f"{index} {document['text']}"} for index, document in enumerate(DOCUMENTS * 8)]
+    found = [evaluated(runs / "a", FakeBackend(), dataset=documents, seed=seed, save=False) for seed in (0, 0, 1)]
+    first, again, other = (one.about["contexts_digest"] for one in found)
+    assert first == again != other
+
+
+def test_saes_of_other_texts_have_tables_of_their_own(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def one(name: str, digest: str) -> Evaluation:
+        about = {"sae": name, "contexts_digest": digest, "model": "fake", "n_contexts": 2, "context_size": 4}
+        return Evaluation(values={"l0": 3.0}, about=about | {"dataset": digest})
+
+    found = Evaluations({name: one(name, digest) for name, digest in (("a", "x"), ("b", "y"), ("c", "x"))})
+    assert [[*part] for part in found.by_text()] == [["a", "c"], ["b"]]
+    assert found._repr_html_().count("<table") == 2
+    show_evaluations(found)
+    told = capsys.readouterr().out
+    assert told.count("l0   l0") == 2
+    assert "Numbers of one table cannot be compared with those of another" in told
+    show_evaluations(Evaluations({name: found[name] for name in "ac"}))
+    assert "cannot be compared" not in capsys.readouterr().out
+
+
+def test_one_text_for_all_is_what_was_held_out_from_any(runs: Path) -> None:
+    own = saekit.SAE.load(runs / "a", plugins=manager())
+    path = str(runs / "text.jsonl")
+    foreign = saekit.SAE.from_dict({"name": "topk", "d_in": own.d_in, "d_sae": 16, "k": 4})
+    packing = {name: value for name, value in own.info.metadata.items() if "token" in name or name == "context_size"}
+    known = {**packing, "prepend_bos": own.info.metadata["prepend_bos"], "dataset_path": path}
+    known.pop("training_tokens")
+    foreign.info = attrs.evolve(foreign.info, sites=own.info.sites, metadata=known, provenance={"loader": "another"})
+    saes = {"own": own, "foreign": foreign}
+    given: dict[str, Any] = {"plugins": manager(), "model": FakeBackend(), "n_contexts": 4, "n_bootstrap": 20}
+    with pytest.raises(ConfigError, match="held_out True and False"):
+        saekit.compare(saes, verbose=False, **given)
+    found = saekit.compare(saes, dataset=path, verbose=False, **given)
+    assert found.about["held_out"] is True
+
+
+def test_an_eval_is_named_on_the_command_line_with_its_options() -> None:
+    table = {"name": "downstream", "kl": True}
+    assert evals_of(["reconstruction", '{name="downstream",kl=true}']) == ["reconstruction", table]
+    assert evals_of(None) == DEFAULT_EVALS
+    with pytest.raises(
+        ConfigError, match=r"--evals: is '{name=downstream}', which is no table of TOML; expected a key"
+    ):
+        evals_of(["{name=downstream}"])

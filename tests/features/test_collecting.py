@@ -187,6 +187,17 @@ def test_of_a_busy_feature_a_fair_sample_and_the_largest_are_kept(
     assert bounded.feature(rarest.index).complete
 
 
+def test_shares_of_a_feature_that_is_complete_by_its_largest_are_exact(
+    saes: Any, collect: Any, store: Any, tmp_path: Path
+) -> None:
+    bounded = collect(saes["one"], tmp_path / "store", max_per_feature=10, top_kept=1000)
+    busiest = int(store.saes["one"].fired.argmax())
+    whole, some = store.saes["one"].feature(busiest), bounded.feature(busiest)
+    assert some.complete
+    assert some.sampled.all()
+    assert some.quantiles(4, 5) == whole.quantiles(4, 5)
+
+
 def test_shares_and_draws_of_a_sample_stand_for_all(saes: Any, collect: Any, store: Any, tmp_path: Path) -> None:
     bounded = collect(saes["one"], tmp_path / "store", max_per_feature=40, top_kept=12)
     busiest = int(store.saes["one"].fired.argmax())

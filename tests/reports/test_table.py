@@ -52,8 +52,9 @@ def test_what_other_evals_have_measured_and_what_is_no_number(tmp_path: Path) ->
     made[-1] |= {"evals/absorption": 0.25, "evals/ce_recovered": None, "evals/\x1b[31m": 1.0}
     made[-2] |= {"metrics/l0": None}
     lines = shown(write_run(tmp_path / "run", made))
-    assert [line.split()[-1] for line in lines if line.startswith(("CE recovered", "absorption"))] == ["nan", "0.25"]
-    assert next(line for line in lines if line.startswith("L0")).split()[-1] == "nan"
+    told = [line.split("  ")[-1].strip() for line in lines if line.startswith(("CE recovered", "absorption"))]
+    assert told == ["not finite", "0.25"], "of an infinite one, too, a file of JSON has null"
+    assert next(line for line in lines if line.startswith("L0")).endswith("  not finite")
     assert next(line for line in lines if "[31m" in line).startswith("\\x1b[31m")
 
 

@@ -12,6 +12,7 @@ import torch
 from support.runs import fake_config, manager, resume, train
 
 import saekit
+from saekit.commands.measured import show_evaluations
 from saekit.errors import ConfigError
 from saekit.testing import FakeBackend, FakeConfig, fake_plugin
 from saekit.values import EvalRun
@@ -109,6 +110,13 @@ def test_a_run_whose_evals_read_no_text_needs_no_dataset(tmp_path: Path, capfd: 
     assert built[-1].contexts is None
     assert "evals/norm" in result.metrics
     assert result.held_out is None
+    again = saekit.evaluate(result.folder, evals=["seen"], plugins=plugins, verbose=False)
+    assert again["norm"] == pytest.approx(result.metrics["evals/norm"], rel=1e-4)
+    assert called[-1] is None
+    show_evaluations(again)
+    assert "of the SAE alone, without a model and a text" in capfd.readouterr().out
+    with pytest.raises(ConfigError, match="model: is missing"):
+        saekit.evaluate(result.folder, plugins=plugins, verbose=False)
 
 
 def test_kl_of_the_spliced_model_in_an_eval(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from support import caches, warm
 from support.runs import LIVE, contents, fake_config, manager, pressing, resume, train, without
 
 import saekit
-from saekit.errors import TrainingInterrupted
+from saekit.errors import ConfigError, TrainingInterrupted
 from saekit.testing import fake_plugin
 
 COMMAND = re.compile(r"saekit train --resume (.*)$")
@@ -218,3 +218,30 @@ def test_a_default_run_by_the_commands(tmp_path: Path, monkeypatch: pytest.Monke
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert f"run folder: {found[1]}" in out
+
+
+@pytest.mark.filterwarnings("ignore:.*wrong site, scale or model")
+def test_files_of_the_folder_where_a_run_was_started_are_told_from_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, other = tmp_path / "start", tmp_path / "other"
+    for folder in (start, other):
+        folder.mkdir()
+    monkeypatch.chdir(start)
+    Path("texts.jsonl").write_text("".join(f'{{"text": "{number} abc def"}}\n' * 40 for number in range(5)))
+    config = unnamed("runs", checkpoints={"folder": "runs", "name": "run"})
+    config["dataset"] |= {"path": "texts.jsonl"}
+    with pressing(4), pytest.raises(TrainingInterrupted):
+        train(config, dataset=None)
+    whole = train(config | {"checkpoints": {"folder": "runs", "name": "whole"}}, dataset=None)
+    monkeypatch.chdir(other)
+    told = re.escape(f"dataset.path: is 'texts.jsonl', in the folder '{start}' in which the run was started, and there")
+    with pytest.raises(ConfigError, match=f"{told} .*: dataset.path=... --allow dataset.path"):
+        resume(start / "runs/run", dataset=None)
+    with pytest.raises(ConfigError, match=rf"{told} .*, or say dataset=\.\.\. \(--dataset\)"):
+        saekit.evaluate(whole.folder if whole.folder.is_absolute() else start / whole.folder, plugins=manager())
+    named: dict[str, Any] = {"dataset": start / "texts.jsonl", "n_contexts": 4, "save": False, "verbose": False}
+    found = saekit.evaluate(start / "runs/whole", plugins=manager(), evals=["reconstruction"], **named)
+    assert found.about["held_out"], "of the same text, what was held out"
+    monkeypatch.chdir(start)
+    assert resume(Path("runs/run"), dataset=None).metrics == whole.metrics

@@ -17,6 +17,7 @@ from torch import Tensor
 import saekit
 from saekit import SAE, Forward
 from saekit.errors import TrainingInterrupted
+from saekit.pretrained import verify
 from saekit.sae.build import build_module
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.values import Batch
@@ -246,12 +247,12 @@ def test_the_threshold_that_others_read_is_for_features_without_their_norms(tmp_
     assert float(((features @ tensors["W_dec"]) - (own / norms) @ tensors["W_dec"]).norm()) < 0.05 * float(pre.norm())
 
 
-def test_with_a_factor_norms_must_be_folded_and_are_in_float32(tmp_path: Path) -> None:
+def test_with_a_factor_norms_must_be_folded_and_are_rounded_once_more() -> None:
     """With the factor in W_dec, its rows have other norms than those that features are compared by."""
     sae = by_hand("topk", factor=True, dtype="bfloat16")
     tensors, norms = sae.public_tensors(), sae.W_dec.norm(dim=1)
-    assert tensors["W_enc"].dtype == tensors["W_dec"].dtype == torch.float32
-    assert torch.equal(tensors["W_enc"], sae.W_enc.float() * norms.float())
+    assert tensors["W_enc"].dtype == tensors["W_dec"].dtype == torch.bfloat16
+    assert torch.equal(tensors["W_enc"], (sae.W_enc.float() * norms.float()).bfloat16())
     assert sae.saved_options()["rescale_acts_by_decoder_norm"] is False
 
 
@@ -264,3 +265,24 @@ def test_running_sums_keep_their_digits_through_casts() -> None:
         assert sae.W_enc.dtype == dtype
         assert sae.threshold_average.dtype == torch.float64
         assert sae.threshold_average.item() == 1 / 3
+
+
+@pytest.mark.parametrize("name", ["topk", "abstopk", "batchtopk", "matryoshka"])
+def test_a_scaling_factor_is_saved_in_bfloat16(name: str, tmp_path: Path) -> None:
+    options = {"name": name, "d_in": WIDTH, "d_sae": FEATURES, "k": 4, "dtype": "bfloat16"}
+    sae = SAE.from_dict(options, seed=0)
+    sae.add_scaling_factor()
+    with torch.no_grad():
+        sae.scaling_factor.copy_(torch.linspace(0.5, 2, FEATURES))
+        if hasattr(sae, "threshold_average"):
+            sae.threshold_average.fill_(0.3001)
+    folder = sae.save(tmp_path / "sae")
+    again = SAE.load(folder)
+    assert again.dtype == torch.bfloat16
+    assert load_file(folder / "sae_weights.safetensors")["W_enc"].dtype == torch.bfloat16
+    assert verify(folder) == []
+    x = mixtures(64, 1).bfloat16()
+    with torch.no_grad():
+        before, after = sae(x).float(), again(x).float()
+    off = (before - after).norm(dim=1) / before.norm(dim=1)
+    assert off.median() < 0.01, "where no two features are nearly of one size, all are the same"

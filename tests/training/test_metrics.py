@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.training import D_SAE, counts, fake_run, fit, lines, make_trainer, rows, train, weights
 
+from saekit.errors import PluginError
 from saekit.training.firing import FiringStatistics
-from saekit.training.metrics import eval_metrics, weight_metrics, window_metrics
+from saekit.training.metrics import apart, eval_metrics, step_metrics, weight_metrics, window_metrics
+from saekit.values import Ports, StepOutput
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -177,3 +180,23 @@ def test_the_metrics_of_a_window_take_one_look(monkeypatch: pytest.MonkeyPatch) 
     fractions = torch.tensor([0.0, 0.5, 2e-6])
     assert window_metrics(fractions.as_subclass(Elsewhere)) == window_metrics(fractions)
     assert Elsewhere.looks == 1
+
+
+def test_numbers_of_several_evals_are_one_table_unless_names_meet() -> None:
+    assert apart({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {"a": 1.0, "b": 2.0}
+    assert apart({"one": {"n": 2.0, "a": nan}, "other": {"n": 2.0, "a": nan}})["n"] == 2, "they say the same"
+    with pytest.raises(PluginError, match="the evals 'one' and 'other' both give a number 'a', 1 and 2, and one would"):
+        apart({"one": {"a": 1.0}, "other": {"a": 2.0}})
+
+
+def test_a_batch_of_one_row_explains_no_variance_and_says_nothing_of_it() -> None:
+    row = torch.ones(1, 4)
+    step = StepOutput(loss=row.sum(), losses={}, output=row * 2, fired=torch.ones(3))
+    given = {"since_fired": torch.zeros(3), "dead": torch.zeros(3), "lr": 1.0, "grad_norm": row.sum(), "tokens": 1}
+    ports = Ports.one(4)
+    found = step_metrics(row, step, ports=ports, **given)
+    assert not [name for name in found if "explained" in name]
+    assert found["metrics/l0"] == 3
+    other = StepOutput(loss=row.sum(), losses={}, output=torch.zeros(2, 4), fired=torch.ones(3))
+    two = step_metrics(torch.eye(2, 4), other, ports=ports, **given)
+    assert two["metrics/explained_variance"] == -1

@@ -18,6 +18,7 @@ from saekit.commands.terminal.measuring import (
     Places,
     Seed,
     Where,
+    evals_of,
     places_of,
 )
 
@@ -63,13 +64,12 @@ def compare(
     import json
 
     from saekit.commands.comparing import compare as compared
-    from saekit.defaults import DEFAULT_EVALS
     from saekit.plugins.text import printable
 
     found = compared(
         saes, out=out, model=model, backend=backend, site=site, seqpos_slice=places_of(seqpos_slice),
         dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
-        context_size=context_size, evals=evals or DEFAULT_EVALS, kl=kl or None, top1=top1 or None,
+        context_size=context_size, evals=evals_of(evals), kl=kl or None, top1=top1 or None,
         exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
     )  # fmt: skip
     if as_json:

@@ -19,6 +19,7 @@ from saekit.commands.terminal.measuring import (
     Places,
     Seed,
     Where,
+    evals_of,
     places_of,
 )
 
@@ -66,13 +67,12 @@ def evaluate(
     """Measure SAEs in their models, on text that they were not trained on."""
     from saekit.commands.evaluating import evaluate as evaluated
     from saekit.commands.measured import show_evaluations
-    from saekit.defaults import DEFAULT_EVALS
     from saekit.distributed.launched import Launched
 
     found = evaluated(
         saes, model=model, backend=backend, site=site, seqpos_slice=places_of(seqpos_slice),
         dataset=None if dataset is None else {"path": dataset}, n_contexts=n_contexts,
-        context_size=context_size, evals=evals or DEFAULT_EVALS, mean_ablation_contexts=mean_ablation,
+        context_size=context_size, evals=evals_of(evals), mean_ablation_contexts=mean_ablation,
         kl=kl or None, top1=top1 or None, exclude_special_tokens=exclude_special_tokens, seed=seed, device=device,
         save=save,
     )  # fmt: skip

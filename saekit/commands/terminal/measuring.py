@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from saekit.commands.terminal.arguments import completed
 from saekit.errors import ConfigError
 
+if TYPE_CHECKING:
+    from saekit.config import PluginChoice
+
 __all__ = [
     "Backend", "ContextSize", "Contexts", "Dataset", "Device", "Evals", "Excluded", "Model", "Places", "Seed", "Where",
-    "places_of",
+    "evals_of", "places_of",
 ]  # fmt: skip
 
 Model = Annotated[
@@ -43,7 +47,7 @@ Evals = Annotated[
     typer.Option(
         "--evals",
         metavar="EVAL",
-        help="An eval, by its key; several times for several.",
+        help="An eval, by its key, or with options as '{name=\"KEY\",option=value}'; several times for several.",
         autocompletion=lambda ctx, incomplete: completed("complete_eval", ctx, incomplete),
     ),
 ]
@@ -66,8 +70,16 @@ Places = Annotated[
         help="The positions that count, as of a Python slice (1: is all but the first); default: as in training.",
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="For the choice among held-out contexts.")]
+Seed = Annotated[int, typer.Option("--seed", help="For the choice of contexts.")]
 Device = Annotated[str, typer.Option("--device", help="Where the model and the SAEs run.")]
+
+
+def evals_of(given: list[str] | None) -> Sequence[PluginChoice]:
+    """Those that are asked for, or the default ones; :class:`ConfigError` for a table that is none."""
+    from saekit.config.files import parsed_choice
+    from saekit.defaults import DEFAULT_EVALS
+
+    return [parsed_choice(one, "--evals") for one in given] if given else DEFAULT_EVALS
 
 
 def places_of(text: str | None) -> tuple[int | None, ...] | None:

@@ -168,8 +168,10 @@ class BatchTopKSAE(TopKSAE):
         # For features that are not multiplied by their norms, in float32: rounded, it would choose others.
         if norms is not None:  # nothing is decoded of a row of norm 0
             threshold = (threshold.float() / norms.float()).clamp_max(torch.finfo(torch.float32).max)
-        else:
+        elif self.scaling_factor is None or not self.config.rescale_acts_by_decoder_norm:
             threshold = threshold.to(tensors["b_enc"].dtype)
+        else:  # of features in which norms were folded
+            threshold = threshold.to(torch.promote_types(tensors["b_enc"].dtype, torch.float32))
         return tensors | {"threshold": threshold.contiguous()}
 
     def load_public_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import attrs
 import torch
@@ -28,7 +28,7 @@ from saekit.kernels import (
     values_of,
 )
 from saekit.protocols import ActivationFunction
-from saekit.sae import Factor, check_maps, check_scales, check_width, not_compiled, squared_errors
+from saekit.sae import Factor, check_maps, check_scales, check_width, copied, not_compiled, squared_errors
 from saekit.transforms import Affine
 from saekit.values import StepInput, StepOutput
 from saekit_plugins.architectures.coefficients import k_at
@@ -281,7 +281,11 @@ class TopKSAE(RevivingSAE):
         return {**super().saved_options(), "rescale_acts_by_decoder_norm": rescaled}
 
     def public_tensors(self) -> dict[str, Tensor]:
-        """With norms folded in.  Rounded to bfloat16, products with them would choose other features: not in that."""
+        """With norms folded in.
+
+        Rounded to bfloat16, products with them may choose other features: there they are folded for a scaling factor
+        alone, where they must be.
+        """
         tensors, norms = super().public_tensors(), self.norms_when_saved()
         if norms is not None:
             return tensors
@@ -291,8 +295,19 @@ class TopKSAE(RevivingSAE):
         ):
             return tensors
         wide = torch.promote_types(norms.dtype, torch.float32)
-        tensors = {name: value.to(wide) if value.is_floating_point() else value for name, value in tensors.items()}
-        return folded(tensors, norms.detach().cpu().to(wide))
+        wider = {name: value.to(wide) if value.is_floating_point() else value for name, value in tensors.items()}
+        made = folded(wider, norms.detach().cpu().to(wide))
+        if norms.dtype != torch.bfloat16:
+            return made
+        return {name: value.to(tensors[name].dtype) for name, value in made.items()}
+
+    def as_loaded(self) -> Self:
+        if self.scaling_factor is None or self.feature_norms() is None or self.W_dec.dtype != torch.bfloat16:
+            return super().as_loaded()
+        own = copied(self)
+        own._set_rescaling(False)
+        own.load_public_tensors(self.public_tensors())
+        return own
 
     def norms_when_saved(self) -> Tensor | None:
         """``[d_sae]``: the norms by which features of the saved tensors are still to be multiplied; None: by nothing.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import attrs
 import torch
@@ -14,6 +14,7 @@ from saekit.values import SAEInfo
 
 if TYPE_CHECKING:
     from saekit.protocols import ActivationFunction
+    from saekit.sae.module import SAEModule
     from saekit.sae.parameters import ParameterTable
 
 __all__ = ["Familiar"]
@@ -67,12 +68,29 @@ class Familiar(nn.Module):
     def fold_W_dec_norm(self) -> None:
         """From now on every decoder row has norm 1, and its feature is so many times as large: outputs stay the same.
 
-        Rows of norm 0 stay as they are.  :class:`ConfigError` where it would change more than the features' sizes: with
-        a non-linearity that does not keep proportions, or where features compete for a place among the largest.
+        Rows of norm 0 stay as they are.  :class:`ConfigError`, and nothing is changed, where it would change more than
+        the features' sizes: with a non-linearity that does not keep proportions, or where features compete for a place
+        among the largest.  What it makes of a few rows is looked at before and after.
         """
+        from saekit.sae.probe import few_outputs
+
         self._check_sizes_are_free()
-        norms = self.decoder_norms()
+        norms, sae = self.decoder_norms(), cast("SAEModule", self)
+        grown = [entry.name for entry in self.table if entry.grows and getattr(self, entry.name) is not None]
+        kept = {name: getattr(self, name).clone() for name in grown}
+        rows, before = few_outputs(sae)
         self.table.grow_features(self, torch.where(norms > 0, norms, 1))
+        _, after = few_outputs(sae, rows)
+        # By rounding alone, a feature of a few rows may pass a threshold; where features compete, most rows differ.
+        off = ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).double().median().item()
+        if not off <= torch.finfo(self.dtype).eps ** 0.5:
+            for name, value in kept.items():
+                getattr(self, name).copy_(value)
+            raise ConfigError(
+                f"norms cannot be folded into the encoder of a {type(self).__name__}: its outputs would be others (by "
+                f"{off:.2g} of their size), as where features are compared by size. It is as it was; an architecture "
+                "that can do it otherwise overrides fold_W_dec_norm()"
+            )
 
     def _check_sizes_are_free(self) -> None:
         """:class:`ConfigError` unless features may be measured in another unit, each in its own."""

@@ -349,8 +349,8 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
 
     def public_config(self) -> dict[str, Any]:
         """The entries of ``cfg.json`` that name this architecture to other libraries; ``metadata`` goes into its own.
-
-        Whatever they cannot represent must not be called by a name that they know.
+        What they cannot represent must not have a name that they know: of a subclass with other features or outputs
+        it is the key, unless that states its entries anew.
         """
         return {"architecture": self.info.architecture}
 

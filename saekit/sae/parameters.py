@@ -258,8 +258,9 @@ class ParameterTable:
         """
         if unsaid := [entry.name for entry in self.entries if entry.grows is None and "d_sae" in entry.dims]:
             raise ConfigError(
-                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated "
-                "(saekit.sae.Parameter, grows)"
+                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated. "
+                "Say it in parameters_of: Parameter(..., grows=1) for what makes a feature as large as it is, -1 for "
+                "what is made of it, 0 for what stays"
             )
         for entry in self.entries:
             value = getattr(module, entry.name)

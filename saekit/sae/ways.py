@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,12 +16,14 @@ from saekit.kernels.private_torch import is_followed
 from saekit.kernels.workspace import SHARED, Workspaces
 from saekit.sae.casting import Castable
 
-__all__ = ["Ways", "not_compiled", "overridden"]
+__all__ = ["INFERENCE", "Ways", "not_compiled", "overridden"]
 
 _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_and_bypass",
     "features_from", "features_of", "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
+INFERENCE = {*_MATHEMATICS, "forward"} - {"losses", "training_features"}
+"""What decides the outputs of an SAE that has been trained."""
 
 
 class Ways(Castable):
@@ -147,16 +149,16 @@ class Ways(Castable):
             self.compile_losses(self._compile_mode)
 
 
-def overridden(kind: type, stated: str) -> str | None:
-    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes the mathematics.
-    None: it does not.
+def overridden(kind: type, stated: str, mathematics: Collection[str] = _MATHEMATICS) -> str | None:
+    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes some of the
+    ``mathematics``, or of those that an architecture added.  None: it does not.
 
     The class that states it answers for the mathematics that it has and inherits.
     """
     owner = next(one for one in kind.__mro__ if stated in vars(one))
     if owner is kind:
         return None
-    mathematics = {*_MATHEMATICS, *_helpers(owner)}
+    mathematics = {*mathematics, *_helpers(owner)}
     for changing in kind.__mro__[: kind.__mro__.index(owner)]:
         if found := [name for name in vars(changing) if name in mathematics]:
             return f"{changing.__name__} overrides {found[0]}, and not {stated}"
@@ -169,7 +171,9 @@ def _helpers(owner: type) -> Iterator[str]:
     Others that every module has, such as ``after_update`` and what is there to save, are at work around the kernels.
     """
     lineage = owner.__mro__
-    every_module = next(base for base in lineage if Ways in base.__bases__)
+    every_module = next((base for base in lineage if Ways in base.__bases__), None)
+    if every_module is None:  # of a class beside them, which an architecture derives from, too
+        return
     beside = {name for base in lineage for name in vars(base).get("beside_mathematics", ())}
     for base in lineage[: lineage.index(every_module)]:
         for name, value in vars(base).items():

@@ -19,7 +19,7 @@ from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "returned", "unless_ours"]
+__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "returned", "unless_ours", "wrong"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
@@ -92,6 +92,12 @@ def _imported(item: Registered, what: str, path: str) -> Callable[..., Any]:
 def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFailedError:
     """The error to raise where a plugin's method ``what`` returned ``value``, which is not as it should be."""
     return PluginFailedError(f"{_who(item)}: {what} returned {short(value)}, {fault}")
+
+
+def wrong(made: object, text: str) -> PluginFailedError:
+    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says."""
+    item = origin_of(made)
+    return PluginFailedError(f"{_who(item) if item is not None else type(made).__name__}: {text}")
 
 
 @contextmanager

@@ -25,7 +25,7 @@ from saekit.sae.familiar import Familiar
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_input, check_rows, check_sequences, check_size, check_type, check_width
-from saekit.sae.learning import Learning
+from saekit.sae.learning import Learning, learned_from
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.placing import Placed
 from saekit.sae.shown import in_a_table, in_one_line
@@ -333,9 +333,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             with torch.no_grad(), self.memory.lent() as workspace, self.share.agreed(kernel):
                 return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad(), self.share.agreed():
-            result = self.losses(x, step)
-            result.loss.backward()
-        return result
+            return learned_from(self.losses(x, step))
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.

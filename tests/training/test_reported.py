@@ -46,11 +46,8 @@ def changed(**fields: Any) -> saekit.PluginManager:
 
 
 def table(folder: Path) -> dict[str, Any]:
-    config = fake_config(
-        folder,
-        training={"training_tokens": 2000, "finetuning_tokens": 0, "finetuning_method": None, "log_frequency": 1},
-        evals={"run": []},
-    )
+    training = {"training_tokens": 2000, "finetuning_tokens": 0, "finetuning_method": None, "log_frequency": 1}
+    config = fake_config(folder, training=training, evals={"run": []})
     config["sae"] = config["sae"] | {"name": "mine", "noise_scale": 0.0, "use_ghost_grads": False}
     config["activations"] = config["activations"] | {"normalize_activations": "none"}
     return config

@@ -203,7 +203,7 @@ def open_source(
     model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
     item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
     try:
-        found = SupervisedSource(source, item, stream.sites, [model])
+        found = SupervisedSource(source, item, stream.sites, [model], most=stream.batch_size)
         _check_recipe(found, stream)
     except BaseException:
         with contextlib.suppress(Exception):

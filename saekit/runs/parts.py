@@ -57,6 +57,7 @@ def make_optimizer(
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm
+    schedule(0)  # what fails in it is not the optimizer's fault
     with blamed(chosen.item, "build"):
         of = sae.named_parameters() if parameters is None else parameters
         table = sae.table

@@ -60,12 +60,19 @@ def outlined(item: Registered, options: Any, **services: Any) -> Any:
 def _made(item: Registered, what: str, by: Callable[..., Any] | str, options: Any, services: Mapping[str, Any]) -> Any:
     item.check_requirements()
     make = _imported(item, what, by) if isinstance(by, str) else by
-    with blamed(item, what):
+    with blamed(item, what, parts=_parts(services)):
         made = make(item.entry.config() if options is None else options, **services)
         fault = _fault(item.kind, made)
     if fault:
         raise returned(item, what, made, fault)
     return made
+
+
+def _parts(services: Mapping[str, Any]) -> list[Part]:
+    """What other plugins have built among ``services``, such as the model of an activation source's stream."""
+    objects = [one for value in services.values() for one in (value, getattr(value, "backend", None))]
+    objects += [getattr(one, "_backend", None) for one in objects]
+    return [(item, one) for one in objects if (item := origin_of(one)) is not None]
 
 
 def _imported(item: Registered, what: str, path: str) -> Callable[..., Any]:
@@ -139,8 +146,10 @@ def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, s
     """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
     known = [(item, part) for item, part in parts if part is not None]
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None  # self, whatever it is called
         for item, part in known:
-            if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
+            if own is part or code is getattr(part, "__code__", None):
                 return item, frame.f_code.co_name
     return None
 

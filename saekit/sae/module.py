@@ -166,7 +166,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             output = self.decode(self._encoded(read), like=like)
         else:
             flat = _flat(read)
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 groups = kernel.groups(self, flat, workspace)
                 output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
             output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), like)
@@ -182,7 +182,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             features = self.features_from(rows)
         else:
             flat = _flat(rows)
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 groups = kernel.groups(self, flat, workspace)
                 features = inference.dense_features(groups, len(flat), self.d_sae, flat, self.memory)
             features = features.reshape(*rows.shape[:-1], self.d_sae)
@@ -206,7 +206,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             if kernel is None:
                 return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
             flat = _flat(self.transformed(self.run_hook("input", self._rows(x))))
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 return inference.sparse_features(kernel.groups(self, flat, workspace), self.d_sae, flat)
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -329,8 +329,8 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
 
     def _step(self, x: Tensor, step: StepInput) -> StepOutput:
         kernel, _ = self._training_kernel()
-        if kernel is not None and not kernel.leaves(self, x, step):
-            with torch.no_grad(), self.memory.lent() as workspace, self.share.agreed(kernel):
+        if kernel is not None and not self._leaves(kernel, x, step):
+            with torch.no_grad(), self._lent(kernel, "step") as workspace, self.share.agreed(kernel):
                 return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad(), self.share.agreed():
             return learned_from(self.losses(x, step))

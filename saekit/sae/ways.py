@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,8 +14,10 @@ from saekit.distributed.group import JoinedGroup
 from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.kernel import Served, StepKernel, Use, choose, kernels_of
 from saekit.kernels.private_torch import is_followed
-from saekit.kernels.workspace import SHARED, Workspaces
+from saekit.kernels.workspace import SHARED, Workspace, Workspaces
+from saekit.plugins.building import blamed, origin_of
 from saekit.sae.casting import Castable
+from saekit.values import StepInput
 
 __all__ = ["INFERENCE", "Ways", "not_compiled", "overridden"]
 
@@ -85,7 +88,8 @@ class Ways(Castable):
         kernel, reasons = self._training_kernel()
         if kernel is None:
             return f"plain torch: {reasons}"
-        remark = kernel.remark(self)
+        with self._guarded(kernel, "remark"):
+            remark = kernel.remark(self)
         return kernel.name + (f", {remark}" if remark else "") + (f" (not {reasons})" if reasons else "")
 
     def why_reference(self) -> str | None:
@@ -119,11 +123,29 @@ class Ways(Castable):
             learning=learning,
             spread=self.spread if training else frozenset(),
         )
-        kernel, reasons = choose(kernels_of(self, device), self, use)
+        kernel, reasons = choose(kernels_of(self, device), self, use, self._guarded)
         own = kernel is not None and kernel not in self.served_by
         if own and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
+
+    def _guarded(self, kernel: StepKernel[Any], doing: str) -> AbstractContextManager[None]:
+        """Says whose it is what fails in ``kernel``, where that is a plugin's."""
+        if kernel not in self.served_by or (item := origin_of(kernel)) is None:
+            return nullcontext()
+        activation = getattr(self, "activation", None)
+        known = origin_of(activation)
+        return blamed(item, doing, at_work=True, parts=[] if known is None else [(known, activation)])
+
+    def _leaves(self, kernel: StepKernel[Any], x: Tensor, step: StepInput) -> bool:
+        with self._guarded(kernel, "leaves"):
+            return kernel.leaves(self, x, step)
+
+    @contextmanager
+    def _lent(self, kernel: StepKernel[Any], doing: str = "groups") -> Iterator[Workspace]:
+        """Memory for ``kernel``, which says whose it is what fails there."""
+        with self._guarded(kernel, doing), self.memory.lent() as workspace:
+            yield workspace
 
     def why_not_split(self, parts: int) -> str | None:
         """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""

@@ -7,19 +7,22 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from saekit.errors import LostProcessError, PluginFailedError, SaekitError
+import attrs
+
+from saekit.errors import ConfigError, LostProcessError, PluginFailedError, SaekitError
 from saekit.kinds import Kind
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "returned", "unless_ours", "wrong"]
+__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "placed", "returned", "unless_ours", "wrong"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
@@ -128,6 +131,27 @@ def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequen
             raise
         item, doing = _culprit(error, parts) or (item, doing)
         raise PluginFailedError(f"{_who(item)} failed in {doing}: {error_text(error)}") from error
+
+
+@contextmanager
+def placed(item: Registered, place: str) -> Iterator[None]:
+    """A :class:`ConfigError` about an option of a plugin's names the option by its ``place``, where that is known.
+
+    A plugin knows its options by their own names, and not where it is chosen: ``k`` is ``sae.k``.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        own = {field.name for field in attrs.fields(item.entry.config)}
+        found = [
+            (f"{place}.{path}" if re.split(r"[.\[]", path)[0] in own else path, text) for path, text in error.problems
+        ]
+        if found == error.problems or type(error) is not ConfigError:
+            raise
+        named = ConfigError(found, error.source)
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from support.runs import fake_config, manager, train
 from torch import Tensor
 
 import saekit
-from saekit.errors import DataError, PluginFailedError
+from saekit.errors import ConfigError, DataError, PluginFailedError
 from saekit.sae import Parameter, init
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -164,3 +164,56 @@ def test_an_input_transform(read: Any) -> None:
     told = r"^input transform 'test:mine' \(test 0\): read returned (a tensor \[5, 3\]|None), expected one of the shape"
     with pytest.raises(PluginFailedError, match=told):
         sae.encode(torch.randn(5, 8))
+
+
+@attrs.frozen(kw_only=True)
+class OwnOptions:
+    """Of a plugin that looks at them itself."""
+
+    n: int = 3
+    """A number."""
+
+
+def refuse(*arguments: Any, **services: Any) -> Any:
+    raise ConfigError([("n", "is odd"), ("training.lr", "is low")])
+
+
+def test_the_place_of_an_option_that_a_precheck_refuses(tmp_path: Path) -> None:
+    own = manager(None, fake_plugin("evals", "mine", lambda config, run: None, config=OwnOptions, precheck=refuse))
+    found = fake_config(tmp_path, evals={"run": ["reconstruction", "mine"]})
+    with pytest.raises(ConfigError) as caught:
+        train(found, plugins=own)
+    assert caught.value.problems == [("evals.run[1].n", "is odd"), ("training.lr", "is low")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "sections", "place"),
+    [
+        ("lr_schedules", {"lr_schedule": "mine"}, "lr_schedule.n"),
+        ("activation_sources", {"activations": {"source": "mine"}}, "activations.source.n"),
+        ("evals", {"evals": {"run": ["mine"]}}, "evals.run[0].n"),
+    ],
+)
+def test_the_place_of_an_option_that_is_refused_when_it_is_built(
+    tmp_path: Path, kind: str, sections: dict[str, Any], place: str
+) -> None:
+    own = manager(None, fake_plugin(kind, "mine", refuse, config=OwnOptions))
+    with pytest.raises(ConfigError) as caught:
+        train(table(tmp_path) | sections, plugins=own)
+    assert caught.value.problems == [(place, "is odd"), ("training.lr", "is low")]
+    assert any("In build of the" in note for note in caught.value.__notes__)
+
+
+def test_the_place_of_an_option_of_an_sae() -> None:
+    @attrs.frozen(kw_only=True)
+    class Grouped(StandardConfig):
+        k: int = 2
+        """Of each group."""
+
+    class Refusing(StandardSAE):
+        def __init__(self, config: Any, **services: Any) -> None:
+            raise ConfigError([("k", "is more than a group has")])
+
+    own = manager(None, fake_plugin("sae_architectures", "mine", Refusing, config=Grouped))
+    with pytest.raises(ConfigError, match="^sae.k: is more than a group has"):
+        saekit.SAE.from_dict({"name": "mine", "d_in": 8, "d_sae": 32}, plugins=own)

@@ -260,10 +260,8 @@ def _precheck(chosen: Choice[Any], whole: TrainConfig | PretokenizeConfig, place
     precheck = chosen.item.entry.precheck
     if precheck is None or chosen.item.missing():
         return
-    with (
-        blamed(chosen.item, "precheck"),
-        placed(chosen.item, place),
-    ):  # a fault of the plugin's must not look like the user's
+    # A fault of the plugin's must not look like the user's.
+    with blamed(chosen.item, "precheck"), placed(chosen.item, place):
         precheck(chosen.options, whole)
 
 

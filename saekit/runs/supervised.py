@@ -165,7 +165,7 @@ class SupervisedSource:
             StateFiles.of("state_dict()", state)
         except StorageError as error:
             raise StorageError(f"of the activation source {self.key!r}, {error}") from error
-        return state  # type: ignore[no-any-return]
+        return dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self._blamed("load_state_dict"):

@@ -27,7 +27,7 @@ def learned_from(found: object) -> StepOutput:
         seen = short(loss) if not isinstance(loss, Tensor) else f"a tensor {list(loss.shape)}"
         why = ", which depends on no parameter (.item() and .detach() cut that off)" if seen.endswith("[]") else ""
         raise TypeError(f"losses returned loss={seen}{why}, expected a tensor of one number with a gradient")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     return found
 
 

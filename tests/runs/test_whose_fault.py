@@ -191,7 +191,7 @@ def test_the_place_of_an_option_that_a_precheck_refuses(tmp_path: Path) -> None:
     [
         ("lr_schedules", {"lr_schedule": "mine"}, "lr_schedule.n"),
         ("activation_sources", {"activations": {"source": "mine"}}, "activations.source.n"),
-        ("evals", {"evals": {"run": ["mine"]}}, "evals.run[0].n"),
+        ("evals", {"evals": {"run": ["mine"], "n_contexts": 4}}, "evals.run[0].n"),
     ],
 )
 def test_the_place_of_an_option_that_is_refused_when_it_is_built(

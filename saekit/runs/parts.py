@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from saekit.config import OptimizerConfig, TrainConfig
+from saekit.config import TrainConfig
 from saekit.distributed.group import Group
-from saekit.errors import PluginFailedError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES
 from saekit.plugins.building import blamed, placed
 from saekit.plugins.manager import PluginManager
@@ -50,11 +49,6 @@ def make_optimizer(
     ``features`` are the processes over which its features are split, and ``rows`` those that have the same.
     """
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
-    if not isinstance(chosen.options, OptimizerConfig):
-        raise PluginFailedError(
-            f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
-            "saekit.config.OptimizerConfig, which has clip_grad_norm"
-        )
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm

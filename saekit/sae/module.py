@@ -125,7 +125,9 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
         """All that is known of the parameters."""
         sizes = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
         sizes |= {"inputs": len(self.ports.inputs), "targets": len(self.ports.targets)}
-        return ParameterTable(type(self).parameters_of(self.config), sizes)
+        table = ParameterTable(type(self).parameters_of(self.config), sizes)
+        table.check()
+        return table
 
     def kept_in_digits(self) -> list[Tensor]:
         found = [getattr(self, entry.name) for entry in self.table if entry.keeps_digits]

@@ -164,7 +164,7 @@ class ParameterTable:
     sizes: Mapping[str, int]
     """Of the named dimensions."""
 
-    def __attrs_post_init__(self) -> None:
+    def check(self) -> None:
         names, sizes = [getattr(entry, "name", None) for entry in self.entries], ", ".join(self.sizes)
         for entry in self.entries or (None,):
             named = {dim for dim in getattr(entry, "dims", ()) if isinstance(dim, str)}

@@ -292,6 +292,7 @@ def _public_config(sae: SAEModule) -> dict[str, Any]:
     public = sae.public_config()
     known = sae.input_transform is None or _name_elsewhere(sae) is not None
     known = known and overridden(type(sae), "public_config", INFERENCE) is None
+    known = known and vars(sae).get("given_activation", sae.activation) is sae.activation  # as the options say
     if known and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
         return public
     return {**public, "architecture": sae.info.architecture, "metadata": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,17 @@ class Helped(TopKSAE):
         return super()._largest(pre, 1)
 
 
+class Activated(TopKSAE):
+    def __init__(self, config: Any, *, ports: Any, activation: Any) -> None:
+        super().__init__(config, ports=ports, activation=activation)
+        self.activation = Tripled()
+
+
+class Tripled:
+    def __call__(self, pre: Tensor) -> Tensor:
+        return pre.relu() * 3
+
+
 class Shifted(StandardSAE):
     def pre_activations(self, x: Tensor) -> Tensor:
         return super().pre_activations(x) - 0.1
@@ -89,6 +101,7 @@ def manager_of(kind: type, config: type) -> saekit.PluginManager:
         (Doubled, TopK, "test:mine"),
         (Shrunk, TopK, "test:mine"),
         (Helped, TopK, "test:mine"),
+        (Activated, TopK, "test:mine"),
         (Shifted, Standard, "test:mine"),
         (MixedAndDoubled, TopK, "test:mine"),
         (Penalized, Standard, "standard"),  # which matters in training alone
@@ -101,7 +114,9 @@ def test_the_name_of_what_it_is_derived_from(tmp_path: Path, kind: type, config:
     more = {"k": 3} if config is TopK else {}
     sae = SAE.from_dict({"name": "mine", **SIZES, **more}, plugins=plugins)
     sae.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/cfg.json").read_text())["architecture"] == name
+    copy.deepcopy(sae).save(tmp_path / "copy")
+    for folder in ("saved", "copy"):
+        assert json.loads((tmp_path / folder / "cfg.json").read_text())["architecture"] == name
     if name == "test:mine":
         with pytest.raises(SAEFormatError, match="sae_lens has no place for this test:mine: sae-lens 6 has none like"):
             sae.export(tmp_path / "exported", format="sae_lens", plugins=plugins)

@@ -19,7 +19,6 @@ from saekit.data.reader import DocumentReader
 from saekit.data.text import Documents
 from saekit.data.tokenizing import Ids, ReadAhead, TokenizingProcesses
 from saekit.errors import ConfigError, DataError
-from saekit.plugins.text import short
 
 __all__ = ["ContextStream", "Contexts"]
 
@@ -247,7 +246,7 @@ class ContextStream:
             if not made_here:
                 raise
             raise DataError(
-                f"tokenize of the model backend returned {short(ids)} for document {number}, expected token ids"
+                f"tokenize of the model backend returned {ids!r:.60} for document {number}, expected token ids"
             ) from error
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())

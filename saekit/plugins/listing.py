@@ -83,7 +83,7 @@ def _notes_of_kernels(manager: PluginManager) -> Iterator[Note]:
     for item in manager.registry(STEP_KERNELS).items:
         keys, texts = _served(item), []
         if not keys:
-            texts.append("no SAE architecture: name them in its entry, such as serves=('saekit:topk',)")
+            texts.append("no SAE architecture: name them in its entry, such as serves=('distribution:architecture',)")
         for key in (key for key in keys if key not in known and (":" not in key or key.partition(":")[0] in here)):
             meant = [one for one, name in known.items() if name == key] or difflib.get_close_matches(key, known, n=1)
             texts.append(f"{key!r}, which is no SAE architecture here" + (f": write {meant[0]!r}" if meant else ""))

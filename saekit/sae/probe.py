@@ -30,7 +30,7 @@ from saekit.weights import dtype_name
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "few_outputs", "norms_of", "off_here", "probe_of", "results"]
+__all__ = ["MOST_ROWS", "Probe", "as_it_is", "explained", "norms_of", "off_here", "probe_of", "results"]
 
 MOST_ROWS = 16
 _MOST_BYTES = 1 << 19  # of inputs and outputs, but for one row
@@ -161,15 +161,6 @@ def results(sae: SAEModule, x: Tensor) -> tuple[Tensor, Tensor]:
         return features.reshape(len(x), -1), sae(rows).reshape(len(x), -1)
     output = sae.with_bypass(sae.decode(features, like=rows), rows)  # as forward does, without encoding once more
     return features, output
-
-
-def few_outputs(sae: SAEModule, x: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows ``x [n, d_in]``, left out those of its probe, and what it makes of them ``[n, d_out]``, without hooks."""
-    with as_it_is(sae):
-        if x is None:
-            rows = sae.probe_rows
-            x = _made_rows(sae, _fitting(sae)) if rows is None else rows[: _fitting(sae)].cpu().bfloat16()
-        return x, results(sae, x)[1]
 
 
 def _fitting(sae: SAEModule) -> int:

@@ -13,7 +13,7 @@ from saekit.testing import fake_plugin, isolated_manager
     [
         (
             (),
-            "the step kernel test:fake serves no SAE architecture: name them in its entry, such as serves=('saekit:to",
+            "the step kernel test:fake serves no SAE architecture: name them in its entry, such as serves=('distri",
         ),
         (["topk"], "serves 'topk', which is no SAE architecture here: write 'saekit:topk'"),
         (["saekit:topkk"], "serves 'saekit:topkk', which is no SAE architecture here: write 'saekit:topk'"),

@@ -21,7 +21,7 @@ from saekit.data.text import check_place
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.storage import why_no_folder_in
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed
+from saekit.plugins.building import blamed, placed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.runs.checks import (
@@ -225,7 +225,7 @@ def _model(config: TrainConfig | PretokenizeConfig, plugins: PluginManager, mode
     chosen = plugins.bound(MODEL_BACKENDS, config.model.backend)
     yield chosen.item.check_requirements
     if model is None:
-        yield partial(_precheck, chosen, config)
+        yield partial(_precheck, chosen, config, "model.backend")
 
 
 def _starts(configs: Sequence[TrainConfig]) -> Iterator[Check]:
@@ -241,32 +241,34 @@ def _members(configs: Sequence[TrainConfig], plugins: PluginManager, *, begun: b
         yield partial(chosen_evals, config, plugins)
         yield partial(check_without_model, config, plugins)
         yield partial(check_finetuning, config, plugins.options(SAE_ARCHITECTURES, config.sae))
-        for chosen in _choices(config, plugins):
+        for place, chosen in _choices(config, plugins):
             if chosen.kind != MODEL_BACKENDS:
                 yield chosen.item.check_requirements
                 if not (begun and chosen.kind == SAE_ARCHITECTURES):
-                    yield partial(_precheck, chosen, config)
+                    yield partial(_precheck, chosen, config, place)
 
 
-def _choices(config: object, plugins: PluginManager) -> Iterator[Choice[Any]]:
-    """Every plugin that ``config`` chooses, and those that their options choose."""
+def _choices(config: object, plugins: PluginManager, at: str = "") -> Iterator[tuple[str, Choice[Any]]]:
+    """Every plugin that ``config`` chooses, and those that their options choose, with where each is chosen."""
     for field in attrs.fields(type(config)):  # type: ignore[arg-type]
         value = getattr(config, field.name)
         kind = field.metadata.get(PLUGIN_KIND)
-        for item in value if isinstance(value, tuple) else (value,):
+        for number, item in enumerate(value if isinstance(value, tuple) else (value,)):
+            place = f"{at}{field.name}" + (f"[{number}]" if isinstance(value, tuple) else "")
             if kind is not None and item is not None:
                 chosen = plugins.bound(kind, item)
-                yield chosen
-                yield from _choices(chosen.options, plugins)
+                yield place, chosen
+                yield from _choices(chosen.options, plugins, f"{place}.")
             elif attrs.has(type(item)):
-                yield from _choices(item, plugins)
+                yield from _choices(item, plugins, f"{place}.")
 
 
-def _precheck(chosen: Choice[Any], whole: TrainConfig | PretokenizeConfig) -> None:
+def _precheck(chosen: Choice[Any], whole: TrainConfig | PretokenizeConfig, place: str) -> None:
     precheck = chosen.item.entry.precheck
     if precheck is None or chosen.item.missing():
         return
-    with blamed(chosen.item, "precheck"):  # a fault of the plugin's must not look like the user's
+    # A fault of the plugin's must not look like the user's.
+    with blamed(chosen.item, "precheck"), placed(chosen.item, place):
         precheck(chosen.options, whole)
 
 

@@ -247,13 +247,26 @@ class ContextStream:
         return contexts * self.policy.context_size + len(self._packer.state_dict()["tokens"])
 
     def _checked(self, document: Document | Ids, number: int) -> IntArray:
+        made_here = isinstance(document, (str, Conversation, Ids))
         if isinstance(document, (str, Conversation, Ids)):
             ids = self._tokenized(document, number)
         else:
             ids = document.tokens if isinstance(document, Masked) else document
-        tokens = np.asarray(ids, dtype=np.int64)
+        try:
+            tokens = np.asarray(ids, dtype=np.int64)
+        except (TypeError, ValueError, OverflowError) as error:
+            if not made_here:
+                raise
+            raise DataError(
+                f"tokenize of the model backend returned {ids!r:.60} for document {number}, expected token ids"
+            ) from error
         if len(tokens) and not (tokens.min() >= 0 and tokens.max() < self._d_vocab):
             bad = int(tokens.max()) if tokens.max() >= self._d_vocab else int(tokens.min())
+            if made_here:
+                raise DataError(
+                    f"tokenize of the model backend returned the token id {bad} for document {number}, but its "
+                    f"vocabulary (d_vocab) ends at {self._d_vocab - 1}: the model has another tokenizer than it reads"
+                )
             raise DataError(
                 f"document {number} holds the token id {bad}, but the vocabulary ends at "
                 f"{self._d_vocab - 1}: the data was tokenized for another model"

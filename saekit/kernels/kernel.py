@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import attrs
@@ -178,11 +178,20 @@ def kernels_of(sae: Any, device: torch.device) -> list[StepKernel[Any]]:
     return [*(kernel for kernel in sae.served_by if device.type in kernel.devices), *sae.step_kernels]
 
 
-def choose(kernels: Sequence[StepKernel[S]], sae: S, use: Use) -> tuple[StepKernel[S] | None, str]:
-    """The first of ``kernels`` that does not refuse, and in words why none of those before it, or none at all, is."""
+def choose(
+    kernels: Sequence[StepKernel[S]],
+    sae: S,
+    use: Use,
+    guarded: Callable[[StepKernel[Any], str], contextlib.AbstractContextManager[None]],
+) -> tuple[StepKernel[S] | None, str]:
+    """The first of ``kernels`` that does not refuse, and in words why none of those before it, or none at all, is.
+
+    ``guarded`` is around what one is asked, with its name: it says whose it is what fails.
+    """
     reasons: list[str] = []
     for kernel in kernels:
-        reason = kernel.refuses(sae, use)
+        with guarded(kernel, "refuses"):
+            reason = kernel.refuses(sae, use)
         if reason is None and use.asked == "int8" and use.training and not isinstance(kernel, SparseKernel):
             reason = "it has no first look in int8"
         if reason is None and (over := use.spread - vars(type(kernel)).get("spreads_over", frozenset())):

@@ -7,19 +7,22 @@ import functools
 import importlib
 import inspect
 import math
+import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
-from saekit.errors import LostProcessError, PluginFailedError, SaekitError
+import attrs
+
+from saekit.errors import ConfigError, LostProcessError, PluginFailedError, SaekitError
 from saekit.kinds import Kind
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import short
 from saekit.reasons import error_text
 
-__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "returned", "unless_ours"]
+__all__ = ["Part", "blamed", "built", "origin_of", "outlined", "placed", "returned", "unless_ours", "wrong"]
 
 Part: TypeAlias = tuple[Registered, object]
 """A plugin, and what it has built."""
@@ -60,12 +63,19 @@ def outlined(item: Registered, options: Any, **services: Any) -> Any:
 def _made(item: Registered, what: str, by: Callable[..., Any] | str, options: Any, services: Mapping[str, Any]) -> Any:
     item.check_requirements()
     make = _imported(item, what, by) if isinstance(by, str) else by
-    with blamed(item, what):
+    with blamed(item, what, parts=_parts(services)):
         made = make(item.entry.config() if options is None else options, **services)
         fault = _fault(item.kind, made)
     if fault:
         raise returned(item, what, made, fault)
     return made
+
+
+def _parts(services: Mapping[str, Any]) -> list[Part]:
+    """What other plugins have built among ``services``, such as the model of an activation source's stream."""
+    objects = [one for value in services.values() for one in (value, getattr(value, "backend", None))]
+    objects += [getattr(one, "_backend", None) for one in objects]
+    return [(item, one) for one in objects if (item := origin_of(one)) is not None]
 
 
 def _imported(item: Registered, what: str, path: str) -> Callable[..., Any]:
@@ -94,6 +104,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
     return PluginFailedError(f"{_who(item)}: {what} returned {short(value)}, {fault}")
 
 
+def wrong(made: object, text: str) -> PluginFailedError:
+    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says."""
+    item = origin_of(made)
+    return PluginFailedError(f"{_who(item) if item is not None else type(made).__name__}: {text}")
+
+
 @contextmanager
 def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequence[Part] = ()) -> Iterator[None]:
     """What strangers' code raises inside says which plugin it is of, and that it was ``doing``.
@@ -118,6 +134,27 @@ def blamed(item: Registered, doing: str, *, at_work: bool = False, parts: Sequen
 
 
 @contextmanager
+def placed(item: Registered, place: str) -> Iterator[None]:
+    """A :class:`ConfigError` about an option of a plugin's names the option by its ``place``, where that is known.
+
+    A plugin knows its options by their own names, and not where it is chosen: ``k`` is ``sae.k``.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        own = {field.name for field in attrs.fields(item.entry.config)}
+        found = [
+            (f"{place}.{path}" if re.split(r"[.\[]", path)[0] in own else path, text) for path, text in error.problems
+        ]
+        if found == error.problems or type(error) is not ConfigError:
+            raise
+        named = ConfigError(found, error.source)
+        for note in getattr(error, "__notes__", ()):
+            named.add_note(note)
+        raise named from error
+
+
+@contextmanager
 def unless_ours(guard: AbstractContextManager[None]) -> Iterator[None]:
     """``guard``, for what is no error of saekit's: such a one has been said whose it is."""
     try:
@@ -133,8 +170,10 @@ def _culprit(error: BaseException, parts: Sequence[Part]) -> tuple[Registered, s
     """The plugin whose object was at work when ``error`` was raised, the innermost, and what it was doing."""
     known = [(item, part) for item, part in parts if part is not None]
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
+        code = frame.f_code
+        own = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None  # self, whatever it is called
         for item, part in known:
-            if frame.f_locals.get("self") is part or frame.f_code is getattr(part, "__code__", None):
+            if own is part or code is getattr(part, "__code__", None):
                 return item, frame.f_code.co_name
     return None
 

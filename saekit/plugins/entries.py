@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from saekit.errors import PluginError
-from saekit.kinds import KINDS
+from saekit.kinds import KINDS, OPTIMIZERS, SAE_ARCHITECTURES
 from saekit.plugins.options import option_faults
 from saekit.plugins.registry import Entry
 from saekit.plugins.text import printable, short
@@ -47,7 +47,7 @@ def checked_entries(hook: str, returned: object) -> list[Entry]:
     for entry in entries:
         if not isinstance(entry, Entry):
             raise PluginError(f"{hook} returned {short(entry)} among its entries, expected a saekit.Entry")
-        if fault := _fault(entry):
+        if fault := _fault(entry) or _fault_of_base(entry.config, hook):
             raise PluginError(f"{hook}: entry {short(entry.name)}: {fault}")
     names = [entry.name for entry in entries]
     if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -81,6 +81,17 @@ def _fault(entry: Entry) -> str | None:
     if not isinstance(entry.summary, str):
         return f"summary is {short(entry.summary)}, expected a text"
     return None
+
+
+def _fault_of_base(config: type, hook: str) -> str | None:
+    """What is wrong with an options class that does not have the options that all of its kind have."""
+    from saekit.config import OptimizerConfig, SAEConfig
+
+    bases: dict[str, type] = {SAE_ARCHITECTURES.hook: SAEConfig, OPTIMIZERS.hook: OptimizerConfig}
+    base = bases.get(hook)
+    if base is None or issubclass(config, base):
+        return None
+    return f"{_named(config)} must derive from saekit.config.{base.__name__}, whose options all of its kind have"
 
 
 def _named(config: type) -> str:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import difflib
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
 import attrs
 
 from saekit.config.describe import describe_fields
 from saekit.errors import AmbiguousKeyError, UnknownKeyError
-from saekit.kinds import KINDS, Kind
-from saekit.plugins.manager import PluginManager
+from saekit.kinds import KINDS, SAE_ARCHITECTURES, STEP_KERNELS, Kind
+from saekit.plugins.manager import Note, PluginManager
 from saekit.plugins.registry import Registered
 from saekit.plugins.text import printable
 from saekit.reasons import last_line
@@ -73,9 +74,28 @@ def overview(manager: PluginManager, kind: str | None = None) -> dict[str, Any]:
     return {
         "plugins": [detail(item) for registry in registries for item in registry.items],
         "failed": [attrs.asdict(failure) for failure in manager.failures],
-        "notes": [attrs.asdict(note) for note in manager.notes],
+        "notes": [attrs.asdict(note) for note in (*manager.notes, *_notes_of_kernels(manager))],
         "disabled": list(manager.blocked),
     }
+
+
+def _notes_of_kernels(manager: PluginManager) -> Iterator[Note]:
+    """Of step kernels that serve nothing, or what is not there though its distribution is: they are never used."""
+    known = {item.key: item.entry.name for item in manager.registry(SAE_ARCHITECTURES).items}
+    here = {key.partition(":")[0] for key in known}
+    for item in manager.registry(STEP_KERNELS).items:
+        keys, texts = _served(item), []
+        if not keys:
+            texts.append("no SAE architecture: name them in its entry, such as serves=('distribution:architecture',)")
+        for key in (key for key in keys if key not in known and (":" not in key or key.partition(":")[0] in here)):
+            meant = [one for one, name in known.items() if name == key] or difflib.get_close_matches(key, known, n=1)
+            texts.append(f"{key!r}, which is no SAE architecture here" + (f": write {meant[0]!r}" if meant else ""))
+        yield from (Note(item.plugin, item.version, f"the step kernel {item.key} serves {text}") for text in texts)
+
+
+def _served(item: Registered) -> list[str]:
+    keys = item.entry.serves
+    return [keys] if isinstance(keys, str) else [str(key) for key in keys]
 
 
 def detail(item: Registered) -> dict[str, Any]:
@@ -94,6 +114,7 @@ def detail(item: Registered) -> dict[str, Any]:
         "summary": " ".join(item.entry.summary.split()),
         "missing": item.missing(),
         "install": item.install_hint() if item.missing() else None,
+        "serves": _served(item),
         "config": f"{config.__module__}.{config.__qualname__}",
         "options": options,
         "problem": problem,
@@ -134,6 +155,8 @@ def table(data: dict[str, Any], kind: str | None = None) -> str:
             owner = f"{item['distribution']} {item['version']}".strip()
             needs = f"  [needs: {item['install']}]" if item["missing"] else ""
             lines.append(f"  {item['key']:{width}}  {owner:16}  {item['summary']}{needs}")
+            if item.get("serves"):
+                lines.append(f"      serves {', '.join(item['serves'])}")
             options = ", ".join(f"{o['name']}: {o['type']}{_default(o)}" for o in item["options"])
             if options:
                 indent = " " * 6
@@ -155,6 +178,8 @@ def detail_text(data: dict[str, Any]) -> str:
         f"{KINDS[data['kind']].label}, from {data['distribution']} {data['version']} ({data['plugin']})",
         f"options class: {data['config']}",
     ]
+    if data.get("serves"):
+        lines.append(f"serves: {', '.join(data['serves'])}")
     if data["missing"]:
         lines.append(f"needs: {data['install']}")
     if data["problem"]:

@@ -24,6 +24,7 @@ from saekit.data.stream import StreamContext, refuse_other_rows
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, ModelError
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS
+from saekit.plugins.building import placed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import has_model
@@ -200,11 +201,12 @@ def open_source(
     config: TrainConfig, plugins: PluginManager, stream: StreamContext, backend: ModelBackend | None = None
 ) -> SupervisedSource:
     """The source of shuffled batches; ``backend`` is the model itself, where the stream's only stands for it."""
-    source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     model = plugins.find(MODEL_BACKENDS, config.model.backend), backend or stream.backend
     item = plugins.find(ACTIVATION_SOURCES, config.activations.source)
+    with placed(item, "activations.source"):
+        source = plugins.build(ACTIVATION_SOURCES, config.activations.source, stream=stream)
     try:
-        found = SupervisedSource(source, item, stream.sites, [model])
+        found = SupervisedSource(source, item, stream.sites, [model], most=stream.batch_size)
         _check_recipe(found, stream)
     except BaseException:
         with contextlib.suppress(Exception):

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from saekit.config import OptimizerConfig, TrainConfig
+from saekit.config import TrainConfig
 from saekit.distributed.group import Group
-from saekit.errors import PluginFailedError
 from saekit.kinds import LR_SCHEDULES, OPTIMIZERS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed
+from saekit.plugins.building import blamed, placed
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.runs.checks import chosen_evals
@@ -30,7 +29,8 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
     lr, item = config.training.lr, plugins.find(LR_SCHEDULES, config.lr_schedule)
 
     def build(steps: int) -> SupervisedSchedule:
-        return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
+        with placed(item, "lr_schedule"):
+            return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
 
     return ComposedSchedule(config.training, build)
 
@@ -49,15 +49,11 @@ def make_optimizer(
     ``features`` are the processes over which its features are split, and ``rows`` those that have the same.
     """
     chosen = plugins.bound(OPTIMIZERS, config.optimizer)
-    if not isinstance(chosen.options, OptimizerConfig):
-        raise PluginFailedError(
-            f"optimizer {chosen.key!r}: its options class, {type(chosen.options).__name__}, must derive from "
-            "saekit.config.OptimizerConfig, which has clip_grad_norm"
-        )
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm
-    with blamed(chosen.item, "build"):
+    schedule(0)  # what fails in it is not the optimizer's fault
+    with blamed(chosen.item, "build"), placed(chosen.item, "optimizer"):
         of = sae.named_parameters() if parameters is None else parameters
         table = sae.table
         return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=table, features=features, rows=rows)
@@ -129,4 +125,8 @@ def make_evals(
             open_contexts=open_contexts,
         )
 
-    return {key: choice.build(run=run(key)) for key, choice in chosen_evals(config, plugins).items()}
+    made = {}
+    for number, (key, choice) in enumerate(chosen_evals(config, plugins).items()):
+        with placed(choice.item, f"evals.run[{number}]"):
+            made[key] = choice.build(run=run(key))
+    return made

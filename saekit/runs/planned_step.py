@@ -96,7 +96,7 @@ def _fast_kernel(
         learning=frozenset(name for name, value in sae.named_parameters() if value.requires_grad),
         spread=frozenset(spread),
     )
-    kernel, _ = choose(kernels_of(sae, use.device), sae, use)
+    kernel, _ = choose(kernels_of(sae, use.device), sae, use, sae._guarded)
     kind = "cpu" if device.type == "cpu" else "meta"  # rows that are on no CPU, for what asks where they are
     dead = torch.zeros(sae.d_sae, dtype=torch.bool, device=kind)
     step = StepInput(step=0, generator=torch.Generator(), dead=dead)

@@ -12,7 +12,6 @@ from typing import Any
 
 from saekit.ambient import ambient
 from saekit.config import TrainConfig
-from saekit.data import Corpus
 from saekit.data.activations import check_contexts
 from saekit.distributed.agreement import left_by_all
 from saekit.distributed.world import World, open_world, trains_on_cuda
@@ -26,6 +25,7 @@ from saekit.errors import (
 )
 from saekit.files.paths import here
 from saekit.kernels.workspace import SHARED
+from saekit.kinds import ACTIVATION_SOURCES
 from saekit.plugins.manager import PluginManager
 from saekit.runs.away import start_of
 from saekit.runs.checkpoints import all_checkpoints
@@ -234,7 +234,7 @@ def _fit(
 def _save_trained(session: Session, record: RunRecord, saving: Saving) -> None:
     """Save every SAE that is worth it; a signal that comes meanwhile takes effect after it."""
     for member in healthy(session):
-        _check_exhausted(member, session.corpus)
+        _check_exhausted(member, session)
     saving.settle()
     saving.check_folder()
     check_all(session.world.saes, [member.trainer for member in session.members.values()])
@@ -304,9 +304,12 @@ def _why(session: Session, record: RunRecord, saving: Saving) -> str:
     return "\n".join(lines)
 
 
-def _check_exhausted(member: Member, corpus: Corpus) -> None:
+def _check_exhausted(member: Member, session: Session) -> None:
     tokens, wanted = member.trainer.tokens, member.config.training.total_tokens
-    check_contexts(tokens, corpus.context_size)
+    source = session.plugins.find(ACTIVATION_SOURCES, member.config.activations.source)
+    if not tokens and not source.entry.needs_text:
+        raise DataError(f"the activation source {source.key!r} ended before its first batch, so nothing was learned")
+    check_contexts(tokens, session.corpus.context_size)
     if tokens < wanted and member.config.dataset.on_exhausted == "error":
         raise DataError(
             f"the data ended after {tokens:,} activations, and {wanted:,} were asked for (training.training_tokens). "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,8 +16,7 @@ from saekit.data.activations import check_contexts
 from saekit.devices import resolve_device
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError
-from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, SAE_ARCHITECTURES
-from saekit.plugins.building import Part, blamed
+from saekit.kinds import SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.pretrained.load import load_sae
 from saekit.protocols import ModelBackend
@@ -29,6 +27,7 @@ from saekit.runs.parts import make_optimizer
 from saekit.runs.randomness import seeded
 from saekit.runs.spreading import spread
 from saekit.runs.transforms import estimator_of, give_chosen, refuse_maps, starting_rows, transform_problems
+from saekit.runs.watching import watching_of
 from saekit.sae.build import build_module, initialize
 from saekit.sae.casting import copied
 from saekit.sae.init import starts_by_parts
@@ -254,7 +253,7 @@ def make_trainer(
         training=training,
         backend=backend if has_model(config, plugins) else None,
         world=world,
-        watched=_watching(config, plugins, sae),
+        watched=watching_of(config, plugins, sae),
     ).checked()
 
 
@@ -268,17 +267,6 @@ def _check_something_is_tuned(method: str, sae: SAEModule) -> None:
         [("training.finetuning_method", f"is '{method}', which trains no parameter of a {type(sae).__name__}; {there}, "
           "with finetuning_tokens")]
     )  # fmt: skip
-
-
-def _watching(
-    config: TrainConfig, plugins: PluginManager, sae: SAEModule
-) -> Callable[[str], contextlib.AbstractContextManager[None]]:
-    """What goes wrong in the SAE's own code says which plugin it is of."""
-    item = plugins.find(SAE_ARCHITECTURES, config.sae)
-    parts: list[Part] = [(plugins.find(ACTIVATION_FUNCTIONS, sae.config.activation), sae.activation)]
-    if sae.input_transform is not None:
-        parts.append((plugins.find(INPUT_TRANSFORMS, config.activations.normalize_activations), sae.input_transform))
-    return lambda doing: blamed(item, doing, at_work=True, parts=parts)
 
 
 def looks_ahead(config: TrainConfig, options: SAEConfig, start: SAEModule | None) -> bool:

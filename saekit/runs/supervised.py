@@ -20,9 +20,11 @@ from saekit.abilities import (
     StatesWidths,
     TakesStates,
 )
+from saekit.errors import StorageError
 from saekit.plugins.building import Part, blamed, returned
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
+from saekit.runs.state_files import StateFiles
 from saekit.site import Site
 from saekit.source_forwards import fault_of_forwards
 from saekit.values import Batch
@@ -47,9 +49,16 @@ class SupervisedSource:
     load_states: Callable[[Sequence[Mapping[str, Any]]], None]
 
     def __init__(
-        self, source: ActivationSource, item: Registered, sites: Sequence[Site], parts: Sequence[Part]
+        self,
+        source: ActivationSource,
+        item: Registered,
+        sites: Sequence[Site],
+        parts: Sequence[Part],
+        most: int | None = None,
     ) -> None:
-        """``sites`` are those that each batch must hold, and ``parts`` other plugins' objects that it uses."""
+        """``sites`` are those that each batch must hold, ``most`` the rows that it may have; ``parts`` are other
+        plugins' objects that it uses."""
+        self._most = most
         self._source, self._item, self._sites, self._parts = source, item, tuple(sites), tuple(parts)
         self._stated: Mapping[Site, int] = {}
         # To look whether a property is there may be to ask it, and it is a stranger's.
@@ -136,6 +145,11 @@ class SupervisedSource:
             rows = batch.activations.get(site)
             if rows is not None and tuple(rows.shape[1:]) != (width,):
                 return f"whose rows at {site.name} are not {width} wide, as it says that they are"
+        if self._most is not None and len(batch) > self._most:
+            return (
+                f"which has {len(batch)} rows, expected stream.batch_size, {self._most}, and fewer in the last alone: "
+                "schedules would end before their time"
+            )
         return "" if len(batch) else "which has no rows; a source whose data has ended raises StopIteration"
 
     def peek(self) -> Mapping[Site, Tensor]:
@@ -144,7 +158,14 @@ class SupervisedSource:
 
     def state_dict(self) -> dict[str, Any]:
         with self._blamed("state_dict"):
-            return self._source.state_dict()
+            state: Any = self._source.state_dict()
+        if not isinstance(state, Mapping):
+            raise returned(self._item, "state_dict", state, "expected a mapping of plain values and tensors by name")
+        try:
+            StateFiles.of("state_dict()", state)
+        except StorageError as error:
+            raise StorageError(f"of the activation source {self.key!r}, {error}") from error
+        return dict(state)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self._blamed("load_state_dict"):

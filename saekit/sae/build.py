@@ -14,7 +14,7 @@ from saekit.config.files import plain_config
 from saekit.errors import ConfigError, PluginFailedError, PluginWarning, SaekitError
 from saekit.kernels.kernel import Served
 from saekit.kinds import ACTIVATION_FUNCTIONS, INPUT_TRANSFORMS, STEP_KERNELS
-from saekit.plugins.building import built
+from saekit.plugins.building import built, placed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
@@ -42,11 +42,13 @@ def build_module(
     config = attrs.evolve(config, d_in=ports.d_in, d_sae=config.features(ports.d_in), expansion_factor=None)
     activation = plugins.build(ACTIVATION_FUNCTIONS, config.activation)
     try:
-        sae: SAEModule = built(item, config, ports=ports, activation=activation)
+        with placed(item, "sae"):
+            sae: SAEModule = built(item, config, ports=ports, activation=activation)
     except (MemoryError, PluginFailedError) as error:
         if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
             raise
         raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
+    vars(sae)["given_activation"] = activation  # and no module of it, which it may be already
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
     sae.served_by = _serving(item.key, plugins)
     if input_transform is not None:

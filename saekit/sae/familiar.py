@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import attrs
 import torch
@@ -13,6 +13,9 @@ from saekit.errors import ConfigError
 from saekit.values import SAEInfo
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from saekit.distributed.share import Share
     from saekit.protocols import ActivationFunction
     from saekit.sae.parameters import ParameterTable
 
@@ -26,7 +29,11 @@ class Familiar(nn.Module):
         config: SAEConfig
         info: SAEInfo
         activation: ActivationFunction
+        d_in: int
         d_sae: int
+        probe_rows: Tensor | None
+        reads_sequences: ClassVar[bool]
+        share: Share
 
         @property
         def dtype(self) -> torch.dtype: ...
@@ -35,6 +42,8 @@ class Familiar(nn.Module):
         @property
         def table(self) -> ParameterTable: ...
         def decoder_norms(self) -> Tensor: ...
+        def encode(self, x: Tensor) -> Tensor: ...
+        def _without_hooks(self) -> AbstractContextManager[None]: ...
 
     @property
     def cfg(self) -> SAEConfig:
@@ -67,12 +76,45 @@ class Familiar(nn.Module):
     def fold_W_dec_norm(self) -> None:
         """From now on every decoder row has norm 1, and its feature is so many times as large: outputs stay the same.
 
-        Rows of norm 0 stay as they are.  :class:`ConfigError` where it would change more than the features' sizes: with
-        a non-linearity that does not keep proportions, or where features compete for a place among the largest.
+        Rows of norm 0 stay as they are.  :class:`ConfigError`, and nothing is changed, where it would change more than
+        the features' sizes: with a non-linearity that does not keep proportions, or where features compete for a place
+        among the largest.  What it makes of a few rows is looked at before and after.
         """
         self._check_sizes_are_free()
-        norms = self.decoder_norms()
+        norms, rows = self.decoder_norms(), self._few_rows()
+        grown = [entry.name for entry in self.table if entry.grows and getattr(self, entry.name) is not None]
+        kept = {name: getattr(self, name).clone() for name in grown}
+        before = self._outputs(rows)
         self.table.grow_features(self, torch.where(norms > 0, norms, 1))
+        after = self._outputs(rows)
+        # By rounding alone, a feature of a few rows may pass a threshold; where features compete, most rows differ.
+        off = ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).double().median().item()
+        if not off <= torch.finfo(self.dtype).eps ** 0.5:
+            for name, value in kept.items():
+                getattr(self, name).copy_(value)
+            raise ConfigError(
+                f"norms cannot be folded into the encoder of a {type(self).__name__}: its outputs would be others (by "
+                f"{off:.2g} of their size), as where features are compared by size. It is as it was; an architecture "
+                "that can do it otherwise overrides fold_W_dec_norm()"
+            )
+
+    def _few_rows(self) -> Tensor:
+        """Inputs ``[n, d_in]``, or one sequence of them: its own, or random ones that make features active."""
+        if self.probe_rows is not None:
+            found = self.probe_rows.to(self.device, self.dtype)
+            return found[None] if self.reads_sequences else found
+        drawn = torch.randn(16, self.d_in, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
+        rows = drawn[None] if self.reads_sequences else drawn
+        for scale in (1, 8, 64, 512):
+            with self._without_hooks():
+                active = (self.encode(rows * scale) != 0).any(-1).sum()
+            if 2 * int(self.share.features.sum(active)) >= len(drawn):
+                return rows * scale
+        return rows
+
+    def _outputs(self, rows: Tensor) -> Tensor:
+        with self._without_hooks(), torch.random.fork_rng(devices=[]):
+            return self(rows, use_error_term=False)  # type: ignore[no-any-return]
 
     def _check_sizes_are_free(self) -> None:
         """:class:`ConfigError` unless features may be measured in another unit, each in its own."""

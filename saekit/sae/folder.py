@@ -27,6 +27,7 @@ from saekit.files.strict_json import check_value, parse_object
 from saekit.files.tensors import InPieces, save_tensors
 from saekit.for_sae_lens import said_to_sae_lens
 from saekit.sae.probe import Probe, probe_of
+from saekit.sae.ways import INFERENCE, overridden
 from saekit.site import Site
 from saekit.transforms import NamedElsewhere
 from saekit.values import is_scale
@@ -285,9 +286,15 @@ def _provenance(sae: SAEModule) -> dict[str, Any]:
 
 
 def _public_config(sae: SAEModule) -> dict[str, Any]:
-    """The entries that name it to other libraries: at other sites than one, an SAE's name would be misread."""
+    """The entries that name it to other libraries.
+
+    At other sites than one, an SAE's name would be misread, and so would that of the class from which one of other
+    mathematics is derived.
+    """
     public = sae.public_config()
     known = sae.input_transform is None or _name_elsewhere(sae) is not None
+    known = known and overridden(type(sae), "public_config", INFERENCE) is None
+    known = known and vars(sae).get("given_activation", sae.activation) is sae.activation  # as the options say
     if known and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
         return public
     return {**public, "architecture": sae.info.architecture, "metadata": {}}

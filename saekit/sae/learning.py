@@ -6,12 +6,29 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from saekit.plugins.text import short
+from saekit.values import StepOutput
 
 if TYPE_CHECKING:
     from saekit.sae.parameters import ParameterTable
 
-__all__ = ["Learning"]
+__all__ = ["Learning", "learned_from"]
+
+
+def learned_from(found: object) -> StepOutput:
+    """What ``losses`` has ``found``, with the gradients of its loss made; TypeError where there cannot be any."""
+    if not isinstance(found, StepOutput):
+        seen = f"a tensor {list(found.shape)}" if isinstance(found, Tensor) else short(found)
+        raise TypeError(f"losses returned {seen}, expected a saekit.StepOutput")
+    loss = found.loss
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        seen = short(loss) if not isinstance(loss, Tensor) else f"a tensor {list(loss.shape)}"
+        why = ", which depends on no parameter (.item() and .detach() cut that off)" if seen.endswith("[]") else ""
+        raise TypeError(f"losses returned loss={seen}{why}, expected a tensor of one number with a gradient")
+    loss.backward()
+    return found
 
 
 class Learning(nn.Module):

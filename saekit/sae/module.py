@@ -25,7 +25,7 @@ from saekit.sae.familiar import Familiar
 from saekit.sae.folding import Folding
 from saekit.sae.hooks import Hooked
 from saekit.sae.inputs import check_input, check_rows, check_sequences, check_size, check_type, check_width
-from saekit.sae.learning import Learning
+from saekit.sae.learning import Learning, learned_from
 from saekit.sae.parameters import Parameter, ParameterTable, tensors_of
 from saekit.sae.placing import Placed
 from saekit.sae.shown import in_a_table, in_one_line
@@ -125,7 +125,9 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
         """All that is known of the parameters."""
         sizes = {"d_in": self.d_in, "d_out": self.d_out, "d_sae": self.d_sae}
         sizes |= {"inputs": len(self.ports.inputs), "targets": len(self.ports.targets)}
-        return ParameterTable(type(self).parameters_of(self.config), sizes)
+        table = ParameterTable(type(self).parameters_of(self.config), sizes)
+        table.check()
+        return table
 
     def kept_in_digits(self) -> list[Tensor]:
         found = [getattr(self, entry.name) for entry in self.table if entry.keeps_digits]
@@ -166,7 +168,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             output = self.decode(self._encoded(read), like=like)
         else:
             flat = _flat(read)
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 groups = kernel.groups(self, flat, workspace)
                 output = inference.reconstructions(groups, len(flat), kernel.decoder(self))
             output = self._finished(output.reshape(*rows.shape[:-1], self.d_out), like)
@@ -182,7 +184,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             features = self.features_from(rows)
         else:
             flat = _flat(rows)
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 groups = kernel.groups(self, flat, workspace)
                 features = inference.dense_features(groups, len(flat), self.d_sae, flat, self.memory)
             features = features.reshape(*rows.shape[:-1], self.d_sae)
@@ -206,7 +208,7 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
             if kernel is None:
                 return inference.nonzero_features(self.encode(x).reshape(-1, self.d_sae))
             flat = _flat(self.transformed(self.run_hook("input", self._rows(x))))
-            with self.memory.lent() as workspace:
+            with self._lent(kernel) as workspace:
                 return inference.sparse_features(kernel.groups(self, flat, workspace), self.d_sae, flat)
 
     def encode_topk(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -329,13 +331,11 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
 
     def _step(self, x: Tensor, step: StepInput) -> StepOutput:
         kernel, _ = self._training_kernel()
-        if kernel is not None and not kernel.leaves(self, x, step):
-            with torch.no_grad(), self.memory.lent() as workspace, self.share.agreed(kernel):
+        if kernel is not None and not self._leaves(kernel, x, step):
+            with torch.no_grad(), self._lent(kernel, "step") as workspace, self.share.agreed(kernel):
                 return kernel.step(self, x.contiguous(), step, workspace)
         with torch.enable_grad(), self.share.agreed():
-            result = self.losses(x, step)
-            result.loss.backward()
-        return result
+            return learned_from(self.losses(x, step))
 
     def restate(self, option: str, value: Any, *, within: float) -> bool:
         """Become one whose ``option`` is ``value`` and that gives the same outputs, if there is such a one: True.
@@ -349,8 +349,8 @@ class SAEModule(Familiar, Hooked, Learning, Placed, Transforming, Folding, Ways,
 
     def public_config(self) -> dict[str, Any]:
         """The entries of ``cfg.json`` that name this architecture to other libraries; ``metadata`` goes into its own.
-
-        Whatever they cannot represent must not be called by a name that they know.
+        What they cannot represent must not have a name that they know: of a subclass with other features or outputs
+        it is the key, unless that states its entries anew.
         """
         return {"architecture": self.info.architecture}
 

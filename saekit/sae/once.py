@@ -31,9 +31,9 @@ def features_and_outputs(sae: SAEModule, x: Tensor) -> tuple[SparseFeatures, Ten
         return of_all_parts(inference.nonzero_features(dense.reshape(-1, sae.d_sae)), sae.share), outputs
     flat = read.detach().reshape(-1, read.shape[-1]).contiguous()
     found: list[SparseFeatures] = []
-    decoder = kernel.decoder(sae)
     outputs = flat.new_empty(len(flat), sae.d_out)
-    with sae.memory.lent() as workspace:
+    with sae._lent(kernel) as workspace:
+        decoder = kernel.decoder(sae)
         for start, group in kernel.groups(sae, flat, workspace):
             outputs[start : start + group.shape[0]] = decoder(group)
             found.append(group if isinstance(group, SparseFeatures) else inference.nonzero_features(group))

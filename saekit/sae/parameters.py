@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from saekit.config import SAEConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels.workspace import zeros
+from saekit.plugins.text import short
 from saekit.values import Ports, Scale
 
 __all__ = [
@@ -156,13 +157,20 @@ class Parameter:
 
 @attrs.frozen
 class ParameterTable:
-    """The parameters of one SAE, with its sizes.  Those that its class adds outside the table are saved, loaded and
-    trained like the others, but never initialized or scaled."""
+    """Those of one SAE.  What its class adds outside the table is saved and trained, never initialized or scaled."""
 
     entries: tuple[Parameter, ...]
     """In the order in which they are registered, on which sums over all of them depend in their last digits."""
     sizes: Mapping[str, int]
     """Of the named dimensions."""
+
+    def check(self) -> None:
+        names, sizes = [getattr(entry, "name", None) for entry in self.entries], ", ".join(self.sizes)
+        for entry in self.entries or (None,):
+            named = {dim for dim in getattr(entry, "dims", ()) if isinstance(dim, str)}
+            if not isinstance(entry, Parameter) or names.count(entry.name) > 1 or named - {*self.sizes}:
+                what = f"expected Parameters of dimensions {sizes} or numbers, each name once"
+                raise ValueError(f"parameters_of returned {short(entry, 100)}; {what}")
 
     def __iter__(self) -> Iterator[Parameter]:
         return iter(self.entries)
@@ -258,8 +266,9 @@ class ParameterTable:
         """
         if unsaid := [entry.name for entry in self.entries if entry.grows is None and "d_sae" in entry.dims]:
             raise ConfigError(
-                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated "
-                "(saekit.sae.Parameter, grows)"
+                f"features cannot be measured otherwise here: what that does to {', '.join(unsaid)} is not stated. "
+                "Say it in parameters_of: Parameter(..., grows=1) for what makes a feature as large as it is, -1 for "
+                "what is made of it, 0 for what stays"
             )
         for entry in self.entries:
             value = getattr(module, entry.name)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from saekit.errors import ConfigError
+from saekit.plugins.building import wrong
+from saekit.plugins.text import short
 from saekit.transforms import Affine, RowTransform
 from saekit.values import Ports
 
@@ -107,8 +109,15 @@ class Transforming:
             return x
         widths = [*self.ports.inputs.values()]
         if len(widths) == 1:
-            return self.input_transform.read(x)
-        return torch.cat([self.input_transform.read(part) for part in x.split(widths, dim=-1)], dim=-1)
+            return self._read(self.input_transform, x)
+        return torch.cat([self._read(self.input_transform, part) for part in x.split(widths, dim=-1)], dim=-1)
+
+    def _read(self, transform: RowTransform, x: Tensor) -> Tensor:
+        read = transform.read(x)
+        if not isinstance(read, Tensor) or read.shape != x.shape:
+            found = f"a tensor {list(read.shape)}" if isinstance(read, Tensor) else short(read)
+            raise wrong(transform, f"read returned {found}, expected one of the shape of x, {list(x.shape)}")
+        return read
 
     def undone(self, y: Tensor, x: Tensor) -> Tensor:
         """``y [..., d_out]``, decoded, in the units of ``x [..., d_in]``, the rows that were read."""

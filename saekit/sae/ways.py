@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,15 +14,19 @@ from saekit.distributed.group import JoinedGroup
 from saekit.distributed.share import WHOLE, Share
 from saekit.kernels.kernel import Served, StepKernel, Use, choose, kernels_of
 from saekit.kernels.private_torch import is_followed
-from saekit.kernels.workspace import SHARED, Workspaces
+from saekit.kernels.workspace import SHARED, Workspace, Workspaces
+from saekit.plugins.building import blamed, origin_of
 from saekit.sae.casting import Castable
+from saekit.values import StepInput
 
-__all__ = ["Ways", "not_compiled", "overridden"]
+__all__ = ["INFERENCE", "Ways", "not_compiled", "overridden"]
 
 _MATHEMATICS = (
     "bypass", "centered", "decode", "decoder_norms", "decoder_scale", "encode", "features_and_bypass",
     "features_from", "features_of", "losses", "pre_activations", "reconstruction", "training_features",
 )  # fmt: skip
+INFERENCE = {*_MATHEMATICS, "forward"} - {"losses", "training_features"}
+"""What decides the outputs of an SAE that has been trained."""
 
 
 class Ways(Castable):
@@ -83,7 +88,8 @@ class Ways(Castable):
         kernel, reasons = self._training_kernel()
         if kernel is None:
             return f"plain torch: {reasons}"
-        remark = kernel.remark(self)
+        with self._guarded(kernel, "remark"):
+            remark = kernel.remark(self)
         return kernel.name + (f", {remark}" if remark else "") + (f" (not {reasons})" if reasons else "")
 
     def why_reference(self) -> str | None:
@@ -117,11 +123,29 @@ class Ways(Castable):
             learning=learning,
             spread=self.spread if training else frozenset(),
         )
-        kernel, reasons = choose(kernels_of(self, device), self, use)
+        kernel, reasons = choose(kernels_of(self, device), self, use, self._guarded)
         own = kernel is not None and kernel not in self.served_by
         if own and (changed := overridden(type(self), "step_kernels")) is not None:
             return None, changed
         return kernel, reasons
+
+    def _guarded(self, kernel: StepKernel[Any], doing: str) -> AbstractContextManager[None]:
+        """Says whose it is what fails in ``kernel``, where that is a plugin's."""
+        if kernel not in self.served_by or (item := origin_of(kernel)) is None:
+            return nullcontext()
+        activation = getattr(self, "activation", None)
+        known = origin_of(activation)
+        return blamed(item, doing, at_work=True, parts=[] if known is None else [(known, activation)])
+
+    def _leaves(self, kernel: StepKernel[Any], x: Tensor, step: StepInput) -> bool:
+        with self._guarded(kernel, "leaves"):
+            return kernel.leaves(self, x, step)
+
+    @contextmanager
+    def _lent(self, kernel: StepKernel[Any], doing: str = "groups") -> Iterator[Workspace]:
+        """Memory for ``kernel``, which says whose it is what fails there."""
+        with self._guarded(kernel, doing), self.memory.lent() as workspace:
+            yield workspace
 
     def why_not_split(self, parts: int) -> str | None:
         """Why its features cannot be split in so many ``parts`` of one size, in words; None: they can."""
@@ -147,16 +171,16 @@ class Ways(Castable):
             self.compile_losses(self._compile_mode)
 
 
-def overridden(kind: type, stated: str) -> str | None:
-    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes the mathematics.
-    None: it does not.
+def overridden(kind: type, stated: str, mathematics: Collection[str] = _MATHEMATICS) -> str | None:
+    """Why what ``kind`` inherits as ``stated``, such as ``step_kernels``, is not its own: it changes some of the
+    ``mathematics``, or of those that an architecture added.  None: it does not.
 
     The class that states it answers for the mathematics that it has and inherits.
     """
     owner = next(one for one in kind.__mro__ if stated in vars(one))
     if owner is kind:
         return None
-    mathematics = {*_MATHEMATICS, *_helpers(owner)}
+    mathematics = {*mathematics, *_helpers(owner)}
     for changing in kind.__mro__[: kind.__mro__.index(owner)]:
         if found := [name for name in vars(changing) if name in mathematics]:
             return f"{changing.__name__} overrides {found[0]}, and not {stated}"
@@ -169,7 +193,9 @@ def _helpers(owner: type) -> Iterator[str]:
     Others that every module has, such as ``after_update`` and what is there to save, are at work around the kernels.
     """
     lineage = owner.__mro__
-    every_module = next(base for base in lineage if Ways in base.__bases__)
+    every_module = next((base for base in lineage if Ways in base.__bases__), None)
+    if every_module is None:  # of a class beside them, which an architecture derives from, too
+        return
     beside = {name for base in lineage for name in vars(base).get("beside_mathematics", ())}
     for base in lineage[: lineage.index(every_module)]:
         for name, value in vars(base).items():

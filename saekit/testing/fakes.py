@@ -10,6 +10,7 @@ from typing import Any
 
 import attrs
 
+from saekit.config import OptimizerConfig, SAEConfig
 from saekit.kinds import KINDS, Kind, kind_of
 from saekit.plugins.hookspecs import hookimpl
 from saekit.plugins.loading import installed_points
@@ -79,14 +80,32 @@ class FakeConfig:
     """Any number."""
 
 
+@attrs.frozen(kw_only=True)
+class _FakeSAE(SAEConfig):
+    """Options of a fake architecture."""
+
+    value: int = 0
+    """Any number."""
+
+
+@attrs.frozen(kw_only=True)
+class _FakeOptimizer(OptimizerConfig):
+    """Options of a fake optimizer."""
+
+    value: int = 0
+    """Any number."""
+
+
 def fake_plugin(
     kind: Kind[Any] | str,
     name: str = "fake",
     build: Callable[..., Any] | None = None,
-    config: type = FakeConfig,
+    config: type | None = None,
     **entry: Any,
 ) -> object:
     """A plugin with one entry of ``kind``; without ``build``, it builds ``(kind, config, services)``.
+
+    Without ``config`` its options are those of :class:`FakeConfig`, with those that all of its kind have.
 
     That tuple passes for what the kind promises, and does nothing.
     """
@@ -94,6 +113,7 @@ def fake_plugin(
     if kind not in KINDS:
         raise ValueError(f"there is no kind {kind!r}; the kinds are {', '.join(KINDS)}")
 
+    config = config or {"sae_architectures": _FakeSAE, "optimizers": _FakeOptimizer}.get(kind, FakeConfig)
     return plugin_of(kind, Entry(name, config, build or _echo(kind), **entry))
 
 

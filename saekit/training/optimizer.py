@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from saekit.devices import at_hand
 from saekit.distributed.group import Group
 from saekit.errors import ConfigError, PluginFailedError, StorageError
 from saekit.kernels.workspace import LARGE, SHARED
+from saekit.plugins.building import blamed, origin_of
 from saekit.protocols import Optimizer
 from saekit.sae.parameters import ParameterTable
 from saekit.training.shown import Shown
@@ -162,7 +164,13 @@ class ScheduledOptimizer:
                 nn.utils.clip_grads_with_norm_([shown.own for shown in self._shown], self._clip, norm)
         for group in self._inner.param_groups:
             group["lr"] = self.lr * group["lr_factor"]
-        self._inner.step()
+        with self._blamed("step"):
+            self._inner.step()
+
+    def _blamed(self, doing: str) -> AbstractContextManager[None]:
+        """Says whose it is what fails in the optimizer, where that is a plugin's."""
+        item = origin_of(self._inner)
+        return nullcontext() if item is None else blamed(item, doing, at_work=True)
 
     # ---- groups
 
@@ -224,7 +232,8 @@ class ScheduledOptimizer:
 
     def _check_divides(self) -> dict[str, Any]:
         """The optimizer's own state; :class:`PluginFailedError` where it keeps of parts what makes no whole."""
-        state = self._inner.state_dict()
+        with self._blamed("state_dict"):
+            state = self._inner.state_dict()
         for number, shown in self._numbered():
             if not (shown.parted or (shown.split and self._features.size > 1)):
                 continue
@@ -259,10 +268,12 @@ class ScheduledOptimizer:
             for number, shown in self._numbered()
             if shown.name in state
         }
-        own = self._inner.state_dict()
+        with self._blamed("state_dict"):
+            own = self._inner.state_dict()
         changed = others.pop("param_groups", {})
         groups = [{**group, **changed.get(str(number), {})} for number, group in enumerate(own["param_groups"])]
-        self._inner.load_state_dict({**own, **others, "param_groups": groups, "state": numbered})
+        with self._blamed("load_state_dict"):
+            self._inner.load_state_dict({**own, **others, "param_groups": groups, "state": numbered})
 
     def _check_saved(self, state: Mapping[str, Any]) -> None:
         if unknown := sorted(set(state) - {shown.name for shown in self._shown}):

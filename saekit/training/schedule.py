@@ -35,8 +35,8 @@ class SupervisedSchedule:
     def __call__(self, step: int) -> float:
         with blamed(self._item, f"__call__ of step {step}", at_work=True):
             rate = float(self._schedule(step))
-        if not math.isfinite(rate):
-            raise returned(self._item, f"__call__ of step {step}", rate, "expected a finite number")
+        if not math.isfinite(rate) or rate < 0:
+            raise returned(self._item, f"__call__ of step {step}", rate, "expected a finite number of 0 or more")
         return rate
 
 

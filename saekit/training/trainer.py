@@ -13,6 +13,7 @@ from torch import Tensor
 
 from saekit.config import TrainingConfig
 from saekit.devices import at_hand, rows_on
+from saekit.distributed.share import Share
 from saekit.distributed.world import ALONE, World
 from saekit.errors import ConfigError, DivergedError, StorageError
 from saekit.kernels.private_torch import is_of_compiler
@@ -28,6 +29,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
+from saekit.training.reported import check_reported, check_unchanged, version_of
 from saekit.training.together import check_names, of_whole_batch, with_exchange
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
@@ -66,8 +68,9 @@ class SAETrainer:
     turns: AbstractContextManager[object] = attrs.field(factory=lambda: nullcontext())
     """Held by whoever else multiplies meanwhile, where steps have a precision of their own, which is the process's."""
     _finetuning: bool = attrs.field(default=False, init=False)
-    _names_agree: bool = attrs.field(default=False, init=False)
-    """Whether all processes give losses and metrics of the same names, as their first step showed."""
+    _looked_at: bool = attrs.field(default=False, init=False)
+    """Whether what the first step reported was looked at: it is as it should be, and all processes give losses and
+    metrics of the same names."""
     _factors: tuple[Scale, tuple[Factor, Factor]] | None = attrs.field(default=None, init=False)
     """The scale, and what is made of it."""
     _recent: Tensor | None = attrs.field(default=None, init=False)
@@ -166,11 +169,15 @@ class SAETrainer:
             x, y = self._mapped(x, y)
         share = self.world.share(() if batch is None else batch.counts)
         share = self.sae.share = with_exchange(share, self.sae, self.optimizer.parted)
+        before = version_of(x), version_of(y)
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
-            if not self._names_agree:
+        check_unchanged(self.sae, x, y, before, (rows, self._recent))
+        if not self._looked_at:
+            with self.watched("training_step"):
+                check_reported(self.sae, result, len(x))
                 check_names(share, result, self.sae)
-                self._names_agree = True
+            self._looked_at = True
         look = at_hand(x.device) or (self.step + 1) % self.training.log_frequency == 0
         result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted, look=look)
         with self.watched("before_update"):
@@ -179,7 +186,6 @@ class SAETrainer:
         self.step += 1
         self.tokens += (n := share.n(len(x)))
 
-        metrics: dict[str, float | Histogram] = {}
         log = self.step % self.training.log_frequency == 0 or self.step == 1 or self.finished
         if log or self.optimizer.looks:
             self._check_finite(result.loss, grad_norm, x)
@@ -187,10 +193,20 @@ class SAETrainer:
             self.sae.after_update()
         self.sae.share = self.world.share()  # until the next step, nothing depends on a batch
         window_ended = self.firing.update(result.fired, n)
-        if log:
-            if self.maps is not None:
-                result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
-            metrics |= step_metrics(
+        metrics = self._metrics(target, result, grad_norm, share) if log else {}
+        if window_ended and self.firing.last_fractions is not None:
+            metrics |= window_metrics(share.all_features(self.firing.last_fractions))
+        return metrics
+
+    def _metrics(
+        self, target: Tensor, result: StepOutput, grad_norm: Tensor, share: Share
+    ) -> dict[str, float | Histogram]:
+        """Those of the step that was just made towards ``target``, in the units of activations."""
+        check_reported(self.sae, result, len(target))  # names may have come since the first step
+        if self.maps is not None:
+            result = result._replace(output=self.maps.undone(result.output, self.sae.ports.targets))
+        return {
+            **step_metrics(
                 target,
                 result,
                 since_fired=self.firing.since_fired,
@@ -201,9 +217,7 @@ class SAETrainer:
                 ports=self.sae.ports,
                 share=share,
             )
-        if window_ended and self.firing.last_fractions is not None:
-            metrics |= window_metrics(share.all_features(self.firing.last_fractions))
-        return metrics
+        }
 
     def _mapped(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Inputs, and targets if they are others, by the maps of their sites."""

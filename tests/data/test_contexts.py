@@ -198,7 +198,7 @@ def test_exhausted_data() -> None:
 
 
 def test_a_foreign_vocabulary() -> None:
-    with pytest.raises(DataError, match=r"document 1 holds the token id 25, but the vocabulary ends at 4"):
+    with pytest.raises(DataError, match=r"token id 25 for document 1, but its vocabulary \(d_vocab\) ends at 4"):
         stream_of(["abc", "z"]).take(9)
 
 

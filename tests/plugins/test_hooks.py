@@ -13,7 +13,7 @@ import pytest
 import saekit
 from saekit.kinds import KINDS
 from saekit.plugins import hookspecs
-from saekit.testing import FakeConfig, fake_plugin, isolated_manager
+from saekit.testing import fake_plugin, isolated_manager
 
 ROOT = Path(saekit.__file__).parent
 
@@ -24,8 +24,9 @@ def registers_and_builds(kind: str) -> None:
         item = manager.get(kind, key)
         assert (item.key, item.distribution, item.version) == ("test:fake", "test", "0")
         assert item.plugin == f"test:fake_{kind}"
-        assert manager.build(kind, key, service=1) == (kind, FakeConfig(), {"service": 1})
-    assert manager.build(kind, FakeConfig(value=3)) == (kind, FakeConfig(value=3), {})
+        assert manager.build(kind, key, service=1) == (kind, item.entry.config(), {"service": 1})
+    options = manager.get(kind, "fake").entry.config
+    assert manager.build(kind, options(value=3)) == (kind, options(value=3), {})
     assert all(not registry.items for name, registry in manager.registries.items() if name != kind)
 
 

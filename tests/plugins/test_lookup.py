@@ -39,7 +39,8 @@ def test_one_plugin_may_offer_every_kind() -> None:
     for kind in KINDS:
         hooks.update({name: hook for name, hook in vars(fake_plugin(kind)).items() if name != "__name__"})
     manager = isolated_manager(SimpleNamespace(__name__="everything", **hooks))
-    assert {kind: manager.find(kind, FakeConfig()).kind for kind in KINDS} == KINDS
+    options = {kind: manager.get(kind, "fake").entry.config() for kind in KINDS}
+    assert {kind: manager.find(kind, options[kind]).kind for kind in KINDS} == KINDS
     assert {manager.get(kind, "fake").plugin for kind in KINDS} == {"test:everything"}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import saekit
 from saekit import Forward
-from saekit.errors import PluginFailedError
+from saekit.errors import DataError, PluginFailedError
 from saekit.runs.checkpoints import newest_checkpoint
 from saekit.testing import FakeBackend, fake_plugin
 from saekit.values import Batch
@@ -84,6 +84,10 @@ def config(folder: Path) -> dict[str, Any]:
         (lambda rows: rows, r"__next__ returned \{.*, expected a saekit.Batch"),
         (lambda rows: Batch({}), r"__next__ returned .*, which lacks the activations of blocks.0.hook_resid_post"),
         (lambda rows: Batch({site: x[:0] for site, x in rows.items()}), r"__next__ returned .*, which has no rows"),
+        (
+            lambda rows: Batch({site: x.repeat(2, 1) for site, x in rows.items()}),
+            r"__next__ returned .*, which has 512 rows, expected stream.batch_size, 256, and fewer in the last alone",
+        ),
     ],
 )
 def test_a_source(tmp_path: Path, fourth: Any, told: str) -> None:
@@ -107,6 +111,53 @@ def test_a_source_whose_state_fails(tmp_path: Path) -> None:
     ):
         train(config(tmp_path), plugins=own)
     assert saekit.SAE.load(tmp_path / "run/sae").d_sae == 64
+
+
+def test_a_source_without_a_state(tmp_path: Path) -> None:
+    class Stateless(Source):
+        def state_dict(self) -> Any:
+            return None
+
+    own = manager(None, fake_plugin("activation_sources", "mine", lambda config, stream: Stateless(stream)))
+    with pytest.raises(
+        PluginFailedError, match=r"source 'test:mine' \(test 0\): state_dict returned None, expected a ma"
+    ):
+        train(config(tmp_path), plugins=own)
+
+
+def test_a_source_whose_state_cannot_be_saved(tmp_path: Path) -> None:
+    class Odd(Source):
+        def state_dict(self) -> Any:
+            return {"made": self._made, "draw": iter(())}
+
+    own = manager(None, fake_plugin("activation_sources", "mine", lambda config, stream: Odd(stream)))
+    told = r"of the activation source 'test:mine', the state at state_dict\(\)/draw holds a tuple_iterator, which"
+    with pytest.warns(RuntimeWarning, match=told):
+        train(config(tmp_path), plugins=own)
+
+
+def test_a_source_that_ends_at_once(tmp_path: Path) -> None:
+    class Ended(Source):
+        def __next__(self) -> Batch:
+            raise StopIteration
+
+    own = fake_plugin("activation_sources", "mine", lambda config, stream: Ended(stream), needs_text=False)
+    with pytest.raises(DataError, match="the activation source 'test:mine' ended before its first batch"):
+        train(config(tmp_path), plugins=manager(None, own))
+
+
+def test_a_schedule_that_fails_at_once_is_not_the_optimizers_fault(tmp_path: Path) -> None:
+    class Negative:
+        end = 1.0
+
+        def __call__(self, step: int) -> float:
+            return -1e-3
+
+    own = manager(None, fake_plugin("lr_schedules", "mine", lambda config, lr, steps: Negative()))
+    table = fake_config(tmp_path, training={"lr_warm_up_steps": 0}) | {"lr_schedule": "mine"}
+    with pytest.raises(PluginFailedError, match=r"^LR schedule 'test:mine' .* step 0 returned -0.001") as caught:
+        train(table, plugins=own)
+    assert not any("optimizer" in note for note in getattr(caught.value, "__notes__", ()))
 
 
 def test_a_want_of_memory_is_nobodys_fault(tmp_path: Path) -> None:
@@ -149,6 +200,7 @@ def test_a_model_is_not_the_sources_fault(tmp_path: Path, prefetch: bool) -> Non
         (failing(SystemExit(3)), "failed in __call__ of step 2: SystemExit: 3"),
         (lambda: None, "failed in __call__ of step 2: TypeError"),
         (lambda: float("nan"), "__call__ of step 2 returned nan, expected a finite number"),
+        (lambda: -1e-3, "__call__ of step 2 returned -0.001, expected a finite number of 0 or more"),
     ],
 )
 def test_a_schedule(tmp_path: Path, rate: Any, told: str) -> None:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 import saekit
 from saekit.config import OptimizerConfig, TrainConfig
 from saekit.config.files import dump_config, load_config
-from saekit.errors import ConfigError, PluginFailedError, StorageError
+from saekit.errors import ConfigError, PluginError, PluginFailedError, StorageError
 from saekit.kernels.workspace import SHARED
 from saekit.sae import Parameter, init
-from saekit.testing import fake_plugin
+from saekit.testing import FakeConfig, fake_plugin, isolated_manager
 from saekit.training.optimizer import ScheduledOptimizer
 from saekit.values import StepInput, StepOutput
 
@@ -361,9 +361,11 @@ def test_an_architecture_states_what_an_option_is_unless_it_is_set(
     assert starts == [start]
 
 
-def test_an_optimizer_without_the_kernels_options_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(PluginFailedError, match="'test:fake': its options class, FakeConfig, must derive from"):
-        train(run_of(tmp_path, optimizer={"name": "fake"}), fake_plugin("optimizers"))
+def test_one_without_the_options_of_its_kind_is_refused() -> None:
+    told = "entry 'fake': FakeConfig must derive from saekit.config.{}, whose options all of its kind have"
+    for kind, base in (("optimizers", "OptimizerConfig"), ("sae_architectures", "SAEConfig")):
+        with pytest.raises(PluginError, match=told.format(base)):
+            isolated_manager(fake_plugin(kind, config=FakeConfig))
 
 
 def test_files_keep_their_keys() -> None:

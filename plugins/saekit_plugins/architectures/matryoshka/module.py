@@ -87,6 +87,10 @@ class MatryoshkaSAE(BatchTopKSAE):
         first = self.share.first_feature(self.d_sae)
         return tuple(min(max(end - first, 0), self.d_sae) for end in self.ends)
 
+    def public_config(self) -> dict[str, Any]:
+        """Levels are of training alone: what is trained is the same function of inputs as with BatchTopK."""
+        return super().public_config()
+
     # ---- training
 
     def losses_in(self, x: Tensor, step: StepInput, unit: Tensor | None) -> StepOutput:

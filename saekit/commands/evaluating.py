@@ -148,7 +148,7 @@ def evaluate(
     ``model`` is a name, a model that you have loaded, or what :func:`saekit.load_model` returned.  By a name it is
     loaded with the backend and options that the SAE says, or with ``backend``, as :func:`saekit.load_model` takes it.
     ``dataset`` is a path, a name on the Hub, options of a configuration, or texts in memory.  Left out, both are what
-    an SAE says, held out from its training; ``seed`` draws contexts of it.  ``contexts [n, context_size]`` are token ids
+    an SAE says, held out from training; ``seed`` draws contexts of it.  ``contexts [n, context_size]`` are token ids
     in the place of a dataset.
 
     ``evals`` are chosen as ``evals.run`` of a configuration: keys, tables or options.  ``options`` are set in every one

@@ -25,6 +25,7 @@ from saekit.plugins.manager import default_manager
 from saekit.pretrained.card import CardSAE, model_card
 from saekit.pretrained.copying import read_config
 from saekit.pretrained.overriding import overridden
+from saekit.pretrained.provenance import provenance
 from saekit.saved import PretrainedSAE
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
@@ -271,6 +272,67 @@ def test_how_6_trained_it_is_what_its_details_say_and_the_rest_is_not_told(tmp_p
     older = json.loads((tmp_path / "b/cfg.json").read_text())
     del older["saekit"]["provenance"]["not_stated"]
     assert CardSAE(folder="", config=older).configuration == {}
+
+
+def edited(folder: Path, name: str, table: dict[str, Any]) -> SAE:
+    """The SAE of a fixture that states more."""
+    shutil.copytree(FIXTURES / name, folder)
+    edit_json(folder / "cfg.json", lambda config: config.update(table))
+    return SAE.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "details"),
+    [
+        ("standard", {"l1_coefficient": [1, 2], "lp_norm": 0, "l1_warm_up_steps": 3}),
+        ("topk", {"aux_loss_coefficient": -1}),
+        ("jumprelu", {"jumprelu_bandwidth": 0, "l0_coefficient": 2.0}),
+    ],
+)
+def test_details_of_training_that_cannot_be_so_here_are_left_out(
+    tmp_path: Path, name: str, details: dict[str, Any]
+) -> None:
+    """They are not needed for inference, and the others hold."""
+    sae = edited(tmp_path / "a", f"sae_lens_6.54.12_{name}", {"training_architecture_details": details})
+    unknown = sae.info.provenance["not_stated"]
+    wrong = {"standard": {"l1_coefficient", "lp_norm"}, "topk": {"aux_loss_coefficient"}, "jumprelu": {"bandwidth"}}
+    assert wrong[name] <= {*unknown}
+    assert {getattr(sae.config, one) for one in ("l1_warm_up_steps", "l0_coefficient") if hasattr(sae.config, one)} <= {
+        3, 2.0}  # fmt: skip
+
+
+STATES = {"mse_loss_normalization": None, "noise_scale": 0.5, "use_ghost_grads": True, "b_dec_init_method": "mean"}
+
+
+def test_what_3_states_of_training_is_known(tmp_path: Path) -> None:
+    sae = edited(tmp_path / "a", "sae_lens_3.0.0_standard", STATES | {"l1_coefficient": 4})
+    expected = STATES | {"mse_loss_normalization": "none", "l1_coefficient": 4}
+    assert {name: getattr(sae.config, name) for name in expected} == expected
+    assert not {*expected, "expansion_factor", "dtype"} & {*sae.info.provenance["not_stated"]}
+    assert "lp_norm" in sae.info.provenance["not_stated"]
+    assert "l1_coefficient" not in sae.info.metadata
+
+
+@pytest.mark.parametrize(
+    "table", [{"mse_loss_normalization": "dense_batch"}, {"sae_lens_training_version": "2.1.3"},
+              {"sae_lens_training_version": None}],
+)  # fmt: skip
+def test_a_coefficient_of_other_units_is_none_here(tmp_path: Path, table: dict[str, Any]) -> None:
+    sae = edited(tmp_path / "a", "sae_lens_3.0.0_standard", table | {"l1_coefficient": 4})
+    assert sae.info.metadata["l1_coefficient"] == 4
+    assert "l1_coefficient" in sae.info.provenance["not_stated"]
+    assert sae.config.l1_coefficient != 4
+
+
+def test_that_nothing_is_left_open_is_said() -> None:
+    """Else a card takes all for unknown, as of what an older saekit has saved."""
+    read = PretrainedSAE(architecture="saekit:topk", options={"k": 4}, tensors={}, metadata={})
+    files: Any = SimpleNamespace(opened={}, repo=None, address="a")
+    told = provenance(read, "x:y", files, {}, {"k": 4, "dtype": "float32", "expansion_factor": None})
+    assert told == {"loader": "x:y", "not_stated": []}
+    card = CardSAE(folder="", config={"saekit": {"options": {"k": 4}, "provenance": told}})
+    assert card.configuration == {"sae.k": 4}
+    assert "not_stated" not in provenance(read, "saekit", files, {}, {"k": 4})
 
 
 def test_the_card_of_a_folder_that_sae_lens_wrote() -> None:

@@ -9,7 +9,7 @@ import attrs
 
 from saekit import Site
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.for_sae_lens import NO_PROCESSING, is_guess, no_token, said_by_sae_lens
+from saekit.for_sae_lens import NO_PROCESSING, is_guess, major, no_token, said_by_sae_lens
 from saekit_plugins.backends.model_folders import is_native
 
 __all__ = ["RENAMED", "FoundConfig", "read_config"]
@@ -49,6 +49,10 @@ class FoundConfig:
 
     flat: Mapping[str, Any]
     """Everything, with today's names; nulls left out."""
+    nulls: frozenset[str]
+    """What is stated to be null."""
+    version: int
+    """The first number of the version of sae-lens that trained it; 0 where nobody knows."""
     d_in: int
     d_sae: int
     site: Site | None
@@ -92,6 +96,8 @@ def read_config(
     metadata = _metadata(flat, inner or raw, nested=bool(inner))
     return FoundConfig(
         flat=flat,
+        nulls=frozenset(name for name, value in {**(inner or {}), **raw}.items() if value is None),
+        version=major(flat.get(_VERSION) or _version(inner or raw, flat)),
         d_in=flat["d_in"],
         d_sae=flat["d_sae"],
         site=_site(flat, place),
@@ -166,10 +172,13 @@ def _metadata(flat: Mapping[str, Any], raw: Mapping[str, Any], *, nested: bool) 
 
 
 def _said(found: Mapping[str, Any], raw: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
-    """How its model is loaded.  A null for the version of its training, as 6 writes it of older ones, is: unknown."""
-    unknown = raw.get(_VERSION, "") is None
-    version = None if unknown else flat.get("sae_lens_version")
-    return said_by_sae_lens(found, version, str(flat.get("hook_name", "")))
+    """How its model is loaded.  A null for the version of its training, as 6 writes it of older ones: unknown."""
+    return said_by_sae_lens(found, _version(raw, flat), str(flat.get("hook_name", "")))
+
+
+def _version(raw: Mapping[str, Any], flat: Mapping[str, Any]) -> object:
+    """Of what is not said by which version it was trained, the one that wrote it; None where nobody knows."""
+    return None if raw.get(_VERSION, "") is None else flat.get("sae_lens_version")
 
 
 def _defaulted(flat: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:

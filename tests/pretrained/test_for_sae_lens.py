@@ -69,6 +69,17 @@ def test_since_4_a_model_is_processed_only_where_the_arguments_say_so(
     assert found == (LENS["model_from_pretrained_kwargs"] if processed else NO_PROCESSING)
 
 
+def test_an_unknown_version_stays_unknown_to_sae_lens(tmp_path: Path) -> None:
+    """It takes its own for a key that is not there."""
+    about = LENS | {"sae_lens_version": "6.54.12", "sae_lens_training_version": None}
+    path = SAE.load(saved(tmp_path / "a", about, theirs=True)).save(tmp_path / "b")
+    told = json.loads((path / "cfg.json").read_text())["metadata"]
+    assert told["sae_lens_training_version"] is None
+    assert told["model_from_pretrained_kwargs"] == LENS["model_from_pretrained_kwargs"]
+    edit_json(path / "cfg.json", lambda table: table.pop("saekit"))
+    assert SAE.load(path).info.metadata["model_from_pretrained_kwargs"] == LENS["model_from_pretrained_kwargs"]
+
+
 @pytest.mark.parametrize(
     "metadata",
     [
@@ -195,6 +206,9 @@ def test_the_key_of_its_own_backend_leaves_the_options_of_an_sae() -> None:
             saekit.load_model(sae, backend=key, device="cpu")
     bare: Any = {"name": "HookedTransformer", "from_pretrained_kwargs": {}}
     assert saekit.load_model(sae, backend=bare, device="cpu").name == "saekit/tiny-python"
+    sae.info = attrs.evolve(sae.info, metadata=HERE | {"model_name": "saekit/tiny-python", "model_autocast": True})
+    assert [saekit.load_model(sae, device="cpu", autocast=said).autocast for said in (None, False)] == [
+        True, False]  # fmt: skip
     sae.info = attrs.evolve(sae.info, metadata=about | {"model_name": "custom"})
     with pytest.raises(ConfigError, match=r"'custom': .*HookedTransformer, from_pretrained_kwargs \{'fold_ln': True\}"):
         saekit.load_model(sae)
@@ -216,7 +230,10 @@ def test_the_model_of_an_sae_by_another_backend_with_its_options(tmp_path: Path)
     sae = make("transformer.h.1", d_in=WIDTH)
     about = {"model_name": str(causal_lm_folder("gpt2")), "model_class_name": "AutoModelForCausalLM"}
     sae.info = attrs.evolve(sae.info, metadata=about)
-    model = saekit.load_model(sae, device="cpu", dtype="bfloat16")
+    kwargs = {"torch_dtype": "bfloat16", "device_map": None}
+    sae.info = attrs.evolve(sae.info, metadata=about | {"model_from_pretrained_kwargs": kwargs})
+    assert saekit.load_model(sae, device="cpu", dtype="float32").unembedding()[0].dtype == torch.float32
+    model = saekit.load_model(sae, device="cpu")
     assert "transformer.h.1" in model.hook_names()
     assert model.unembedding()[0].dtype == torch.bfloat16
     sae.info = attrs.evolve(sae.info, metadata=about | {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -70,7 +71,7 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
 
 def is_native(name: str) -> bool:
     """A folder of a HookedTransformer, whose weights are as they were saved."""
-    return name in EMBEDDED or (bool(name) and (Path(name) / NATIVE_CONFIG).is_file())
+    return name in EMBEDDED or os.path.isfile(os.path.join(name, NATIVE_CONFIG))  # noqa: PTH113, PTH118 - raises for none
 
 
 @contextmanager

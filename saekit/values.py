@@ -270,8 +270,9 @@ class SAEInfo(ShownByLines):
     provenance: Mapping[str, Any] = attrs.field(factory=dict, eq=False)
     """What it was read from, of an SAE that was loaded: the ``loader``; the ``repo`` of the Hub, its ``revision`` and
     the ``folder``; the ``release`` and ``sae_id`` that were asked for; the sha256 of the ``files`` by name; what these
-    did not state (``defaulted``), also of ``options``, which then are saekit's defaults and say nothing of how it was
-    trained (``not_stated``); their names for what saekit calls otherwise (``renamed``): what of it applies."""
+    did not state (``defaulted``), also of ``options`` of training, or what means nothing here, which then are saekit's
+    defaults and say nothing of how it was trained (``not_stated``); their names for what saekit calls otherwise
+    (``renamed``): what of it applies."""
 
     @property
     def scale_is_unknown(self) -> bool:

@@ -128,7 +128,7 @@ class SAEBenchConfig:
             hook_layer=hook_layer,
             hook_head_index=site.hook_head_index if site is not None else None,
             **_options(sae),
-            **_fed(known),
+            **_fed(known, hook_name),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,8 +161,8 @@ def _options(sae: SAEModule) -> dict[str, Any]:
     }
 
 
-def _fed(known: Mapping[str, Any]) -> dict[str, Any]:
-    known = {**known, **said_to_sae_lens(known)}
+def _fed(known: Mapping[str, Any], hook_name: str) -> dict[str, Any]:
+    known = {**known, **said_to_sae_lens(known, hook_name)}
     return {
         "context_size": known.get("context_size"),
         "prepend_bos": known.get("prepend_bos", True),

@@ -15,8 +15,10 @@ from saekit.cautions import warn
 from saekit.commands import preflight
 from saekit.config import DatasetConfig, EvalsConfig, PluginChoice
 from saekit.config.files import load_config, plain_config
+from saekit.defaults import DEFAULT_BACKEND
 from saekit.errors import ConfigError
 from saekit.files.names import SAE_WEIGHTS
+from saekit.for_sae_lens import ELSEWHERE, arguments, dtype_in
 from saekit.kinds import MODEL_BACKENDS
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.plugins.text import short
@@ -28,7 +30,9 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.sae.module import SAEModule
 
-__all__ = ["backend_of", "corpus_of", "load_model"]
+__all__ = ["backend_of", "corpus_of", "load_model", "numbers_of"]
+
+_KWARGS = "from_pretrained_kwargs"
 
 _ABOUT_TOKENS = (
     "context_size", "prepend_bos", "begin_batch_token", "begin_sequence_token", "sequence_separator_token"
@@ -42,8 +46,8 @@ def load_model(
     *,
     backend: PluginChoice | None = None,
     device: str = "auto",
-    dtype: Dtype = "float32",
-    autocast: bool = False,
+    dtype: Dtype | None = None,
+    autocast: bool | None = None,
     plugins: PluginManager | None = None,
 ) -> LoadedModel:
     """A language model as saekit runs it, by its name or folder, around one that you have loaded, or that of an SAE.
@@ -53,7 +57,8 @@ def load_model(
 
     ``backend`` is as ``model.backend`` of a configuration: a key, a table with ``name`` and options, or an object of
     its options.  Left out, a name is for ``HookedTransformer``, and a loaded model for the one backend that takes it.
-    ``device``, ``dtype`` and ``autocast`` are as in ``model``, too; of a loaded model its own count.
+    Of an SAE, the key of its own backend leaves the options that it says.  ``device``, ``dtype`` and ``autocast`` are
+    as in ``model``, too: of a loaded model its own count; left out, they are an SAE's, else float32 without autocast.
 
     What is returned has ``tokenize(text)``, ``run(tokens, read=[hook, ...])``, ``unembedding()`` and more: see
     :class:`saekit.protocols.ModelBackend`; ``model`` is the model itself, as its library has it.  Raises
@@ -63,12 +68,12 @@ def load_model(
     plugins = plugins or default_manager()
     sae = cast("SAEModule", model) if hasattr(model, "encode") and hasattr(model, "info") else None
     if sae is not None:
-        from saekit.splicing.doubts import model_name_of
-
-        about, model = sae.info.metadata, model_name_of(sae)
-        backend = backend or backend_of(about, about.get("model_class_name"), plugins)
+        about = sae.info.metadata
+        model, own = _own_name(sae), backend_of(about, about.get("model_class_name"), plugins)
+        backend = own if backend is None or _is_bare(backend, own) else backend
     named = isinstance(model, (str, os.PathLike))
-    options: dict[str, Any] = {"device": device, "dtype": dtype, "autocast": autocast}
+    options: dict[str, Any] = {"device": device} | ({} if sae is None else numbers_of(sae.info.metadata))
+    options |= {name: value for name, value in (("dtype", dtype), ("autocast", autocast)) if value is not None}
     options |= {} if backend is None else {"backend": backend}
     whole = load_config({"model": options | ({"name": model} if named else {})}, plugins=plugins)
     if named:
@@ -91,19 +96,57 @@ def load_model(
 def _check_no_sae(model: object) -> None:
     """:class:`ConfigError` where the folder of an SAE, or of a run, is named in the place of a model's."""
     place = os.fspath(cast("str", model))
-    if any(os.path.isfile(os.path.join(place, part, SAE_WEIGHTS)) for part in ("", "sae")):  # noqa: PTH113, PTH118
+
+    def has(*parts: str) -> bool:
+        return os.path.isfile(os.path.join(place, *parts))  # noqa: PTH113, PTH118
+
+    if not has("config.json") and (has(SAE_WEIGHTS) or (has("run.json") and has("sae", SAE_WEIGHTS))):
         told = f"{place!r} is the folder of an SAE. Its model is saekit.load_model(saekit.SAE.load({place!r}))"
         raise ConfigError([("model", told)])
 
 
 def backend_of(about: Mapping[str, Any], kind: object, plugins: PluginManager) -> PluginChoice | None:
     """The backend by the name of the class that it wraps, with the options that the SAE's metadata has of it."""
+    if kind is None and arguments(about) is not None:  # those of what loads a model by default
+        kind = DEFAULT_BACKEND.rpartition(":")[2]
     items = [item for item in plugins.registry(MODEL_BACKENDS).items if item.entry.name == kind]
     if len(items) != 1:
         return None
     known = {f"model_{field.name}": field.name for field in attrs.fields(items[0].entry.config)}
     stated = {known[key]: value for key, value in about.items() if key in known and value is not None}
+    kwargs = arguments(about) or stated.get(_KWARGS)
+    if _KWARGS in known.values() and isinstance(kwargs, Mapping):  # sae-lens says options here among them, too
+        own = {name: value for name, value in kwargs.items() if name in known.values()}
+        rest = {name: value for name, value in kwargs.items() if name not in (*ELSEWHERE, *own)}
+        stated = {_KWARGS: rest} | own | {name: value for name, value in stated.items() if name != _KWARGS}
     return {"name": items[0].key} | stated
+
+
+def numbers_of(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of weights, and whether there was autocast, as far as an SAE's metadata says it."""
+    dtype, autocast = dtype_in(about.get(f"model_{_KWARGS}")), about.get("model_autocast")
+    return ({} if dtype is None else {"dtype": dtype}) | ({"autocast": True} if autocast is True else {})
+
+
+def _own_name(sae: SAEModule) -> str:
+    """The name of an SAE's model; of one that had no name, what is to be given in its place."""
+    from saekit.splicing.doubts import model_name_of
+
+    about = sae.info.metadata
+    if about.get("model_name") == "custom":
+        kwargs = about.get(f"model_{_KWARGS}")
+        said = f", from_pretrained_kwargs {dict(kwargs)}" if isinstance(kwargs, Mapping) and kwargs else ""
+        raise ConfigError(
+            [("model", "is 'custom': the SAE was trained on a model that was passed from code, and does not say which "
+              f"({about.get('model_class_name') or 'no backend is said'}{said}). Give it: saekit.load_model(NAME), or "
+              "saekit.load_model(MODEL) with the model that you have loaded")]
+        )  # fmt: skip
+    return model_name_of(sae)
+
+
+def _is_bare(backend: PluginChoice, own: PluginChoice | None) -> bool:
+    """Whether a backend is said by the key of ``own`` alone, whose options then hold."""
+    return isinstance(own, Mapping) and backend in (own["name"], own["name"].rpartition(":")[2])
 
 
 def corpus_of(sae: SAEModule, backend: ModelBackend, dataset: object | None, plugins: PluginManager) -> Corpus:

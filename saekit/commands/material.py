@@ -12,7 +12,7 @@ import attrs
 from saekit.abilities import HasModel
 from saekit.backends.around import built_backend
 from saekit.cautions import warn
-from saekit.commands.looking import backend_of, corpus_of, load_model
+from saekit.commands.looking import backend_of, corpus_of, load_model, numbers_of
 from saekit.commands.subjects import Subject
 from saekit.config import EvalsConfig, PluginChoice
 from saekit.config.files import plain_config
@@ -191,7 +191,7 @@ class Material:
             self._warn_of_fault(subject)
         name, about = name or model_name_of(subject.sae), subject.sae.info.metadata
         backend = self.backend or backend_of(about, about.get("model_class_name"), self.plugins)
-        how: dict[str, Any] = {} if model is None else {"dtype": model.dtype, "autocast": model.autocast}
+        how = numbers_of(about) if model is None else {"dtype": model.dtype, "autocast": model.autocast}
         return self._opened(f"{name} {backend} {how}", name, lambda: self._load(name, backend=backend, **how))
 
     def _load(self, model: object, **how: Any) -> ModelBackend:

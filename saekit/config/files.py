@@ -16,7 +16,7 @@ from saekit.config.describe import field_docs
 from saekit.config.fields import PLUGIN_KIND
 from saekit.config.formats import READERS, read_toml, toml_value, write
 from saekit.config.merging import MOST_KEYS, Place, in_order, set_option, tables, undotted
-from saekit.config.sae_lens_names import is_run_of_sae_lens
+from saekit.config.sae_lens_names import is_run_of_sae_lens, is_sae_alone
 from saekit.config.values import shown, too_nested
 from saekit.config.writing import plain_table
 from saekit.errors import ConfigError
@@ -91,6 +91,11 @@ def _read(source: Any, kind: type) -> tuple[Any, str]:
 
 
 def _loaded(table: Any, name: str, overrides: list[str], converter: ConfigConverter, kind: type[C]) -> C:
+    if isinstance(table, Mapping) and is_sae_alone(table):
+        raise ConfigError(
+            f"{name} is what an SAE states about itself (cfg.json), and no configuration of a run: saekit.SAE.load("
+            "FOLDER) reads it with its weights, and training.from_pretrained_path=FOLDER starts a run from it"
+        )
     if isinstance(table, Mapping) and is_run_of_sae_lens(table):
         file = "FILE" if name == "the configuration" else name
         raise ConfigError(
@@ -115,7 +120,8 @@ def read_table(path: Path) -> dict[str, Any]:
     if reader is None:
         raise ConfigError(f"{path} is not a configuration file: the name must end in {', '.join(READERS)}")
     try:
-        table = reader(path.read_text(encoding="utf-8-sig"))
+        text = path.read_text(encoding="utf-8-sig")
+        table = reader(text) if text.strip() else None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -124,11 +130,12 @@ def read_table(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid {path.suffix[1:].upper()}: {error}{hint}") from error
     except RecursionError:
         raise ConfigError(f"{path} is nested too deeply, as no configuration is") from None
-    if table is None or table == {}:  # as a command that failed leaves it, whose output went there
+    if not text.strip():  # as a command that failed leaves it, whose output went there
         raise ConfigError(
             f"{path} is empty: it has no option. Was it to be written by a command that failed? `saekit config > "
             "run.toml` writes one with all defaults, and defaults need no file: `saekit train sae.name=topk`"
         )
+    table = {} if table is None else table  # comments alone in YAML
     if not isinstance(table, dict):
         raise ConfigError(f"{path} must hold a table of sections, found {type(table).__name__}")
     return table

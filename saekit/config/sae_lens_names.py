@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["FACTORIES", "OF_CONFIGS", "OF_SAES", "SAE_LENS", "is_run_of_sae_lens", "is_sae_of_sae_lens"]
+__all__ = ["FACTORIES", "OF_CONFIGS", "OF_SAES", "SAE_LENS", "is_run_of_sae_lens", "is_sae_alone", "is_sae_of_sae_lens"]
 
 SAE_LENS: dict[str, str] = {
     # the model
@@ -175,14 +175,25 @@ OF_CONFIGS: dict[str, str] = {
 
 _VERSIONS = {"sae_lens_version", "sae_lens_training_version"}
 _MANY = 8
+_MARKS = {"metadata", "hook_point", "hook_name", "finetuning_scaling_factor"}
+_OF_RUNS = {"lr", "training_tokens", "total_training_tokens", "train_batch_size_tokens", "sae"}
+"""One of them is in each configuration of a run, and none in what an SAE states."""
 
 
 def is_run_of_sae_lens(table: Mapping[str, Any]) -> bool:
     """Whether this is the whole configuration of a run there, and not one of saekit with a name or two of theirs."""
-    return bool(_VERSIONS & table.keys()) or len(SAE_LENS.keys() & table.keys()) >= _MANY
+    theirs = bool(_VERSIONS & table.keys()) or len(SAE_LENS.keys() & table.keys()) >= _MANY
+    return theirs and not is_sae_alone(table)
+
+
+def is_sae_alone(table: Mapping[str, Any]) -> bool:
+    """Whether this is what an SAE states about itself, and nothing of a run."""
+    return is_sae_of_sae_lens(table) and "d_sae" in table and not _OF_RUNS & table.keys()
 
 
 def is_sae_of_sae_lens(table: Mapping[str, Any]) -> bool:
-    """Whether this is what an SAE there states about itself (``cfg.json``, ``sae.cfg.to_dict()``)."""
-    marks = {"reshape_activations", "metadata", "hook_point", "hook_name", "finetuning_scaling_factor"}
-    return bool((_VERSIONS | marks) & table.keys())
+    """Whether this is what an SAE there states about itself (``cfg.json``, ``sae.cfg.to_dict()``), or a run's flat
+    configuration, which states that, too."""
+    if (_VERSIONS | {"reshape_activations"}) & table.keys():
+        return True
+    return "architecture" in table and "name" not in table and bool(_MARKS & table.keys())

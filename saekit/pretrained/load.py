@@ -10,7 +10,7 @@ import attrs
 
 from saekit.ambient import ambient
 from saekit.cautions import warn
-from saekit.config import PluginChoice
+from saekit.config import NEEDED_TO_LOAD, SAME_AT_START, PluginChoice
 from saekit.config.converter import ConfigConverter
 from saekit.devices import resolve_device
 from saekit.errors import ConfigError, SAEFormatError, SaekitError, UnknownKeyError
@@ -96,9 +96,16 @@ def load_sae(
             verify(files, sums)  # a damaged file explains whatever it was
             raise
         found = checksums(files, sums)
-    known = read.provenance or provenance(read, key, files, found, sae.info.options)
+    known = read.provenance or provenance(read, key, files, found, _of_training(sae))
     sae.info = attrs.evolve(sae.info, provenance={**known, **(origin or {})})
     return _as_wanted(sae.to(device), files, dtype, checked)
+
+
+def _of_training(sae: SAEModule) -> Mapping[str, Any]:
+    """Its options but those that decide how weights are used: what a loader does not say of these is always so."""
+    fields = attrs.fields_dict(type(sae.config))
+    fixed = {name for name, one in fields.items() if {NEEDED_TO_LOAD, SAME_AT_START} & one.metadata.keys()}
+    return {name: value for name, value in sae.info.options.items() if name not in fixed}
 
 
 def _as_wanted(

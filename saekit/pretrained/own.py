@@ -51,7 +51,8 @@ def read_own(files: SAEFiles, checksums: Checksums, faults: list[str] | None = N
             checksums.expect(files.path(name), expected, _fault_of(name, expected, files))
         elif (found := sha256(files.path(name))) != expected:
             faults.append(str(_fault_of(name, expected, files)(found)))
-    metadata = own["metadata"] | said_by_sae_lens(own["metadata"])  # of one of sae-lens that an older saekit has saved
+    hook = (own["site"] or {}).get("hook_name", "")
+    metadata = own["metadata"] | said_by_sae_lens(own["metadata"], hook_name=str(hook))  # saved by an older saekit
     scale = metadata.get("activation_scale", 1.0)
     if not is_scale(scale):
         raise _wrong(files, "metadata.activation_scale", scale, "a number above 0, or one for each site by its name")

@@ -44,6 +44,7 @@ def provenance(
     """What :attr:`saekit.SAEInfo.provenance` says of ``read``, of which an SAE with ``options`` was made."""
     revisions = [revision for path in files.opened.values() if (revision := revision_of(path)) is not None]
     folder = files.address.removeprefix(f"{files.repo}").strip("/") if files.repo is not None else ""
+    derived = {*read.options, "dtype", "expansion_factor"}
     known = {
         "loader": loader,
         "repo": files.repo,
@@ -52,7 +53,9 @@ def provenance(
         "files": dict(sums),
         "defaulted": list(read.defaulted) or list(read.metadata.get("defaulted", ())),
         # of saekit's own folders, the options are those of its training
-        "not_stated": [] if loader == OWN else [name for name in options if name not in {*read.options, "dtype"}],
+        "not_stated": None if loader == OWN else [name for name in options if name not in derived],
         "renamed": {theirs: ours for theirs, ours in read.renamed.items() if theirs != ours},
     }
-    return {name: value for name, value in known.items() if value not in (None, "", [], {})}
+    # that nothing was left open is said, too: where nobody says it, a saekit saved it that did not tell them apart
+    found = {name: value for name, value in known.items() if value not in (None, "", [], {})}
+    return found | ({"not_stated": []} if known["not_stated"] == [] else {})

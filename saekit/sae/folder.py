@@ -262,7 +262,7 @@ def folder_config(sae: SAEModule, tensors: Mapping[str, Tensor]) -> dict[str, An
         "metadata": {
             **_LAYOUT,
             **sae.info.metadata,
-            **said_to_sae_lens(sae.info.metadata),
+            **said_to_sae_lens(sae.info.metadata, hook_name),
             **said,
             **_hooks(sae, transcoder=public["architecture"] in _TRANSCODERS),
         },

@@ -305,7 +305,8 @@ def test_hooked_transformer_where_there_is_none_any_more() -> None:
     with pytest.raises(ConfigError, match=r"from_pretrained_kwargs.n_ctx: transformer_lens 4.3.0 is installed, which"):
         saekit.load_model("gpt2", backend=of_names)
     with pytest.raises(ModelError, match="from_pretrained_kwargs do not apply to 'saekit/tiny-python'"):
-        saekit.load_model(backend=HookedTransformerOptions(from_pretrained_kwargs={"fold_ln": False}))
+        saekit.load_model(backend=HookedTransformerOptions(from_pretrained_kwargs={"fold_ln": True}))
+    saekit.load_model(backend=HookedTransformerOptions(from_pretrained_kwargs={"fold_ln": False}), device="cpu")
     with pytest.raises(ConfigError, match="model.compile: transformer_lens 4.3.0 .*pip install 'transformer-lens<4'"):
         model = ModelConfig(compile=True)
         saekit.default_manager().build("model_backends", "HookedTransformer", model=model, loaded=None)

@@ -203,12 +203,18 @@ def test_bad_files(tmp_path: Path, name: str, text: str, message: str) -> None:
         load_config(tmp_path / name)
 
 
-@pytest.mark.parametrize(("name", "text"), [("run.toml", "# nothing yet\n"), ("run.yaml", ""), ("run.json", "{}")])
+@pytest.mark.parametrize(("name", "text"), [("run.toml", "\n"), ("run.yaml", ""), ("run.json", " ")])
 def test_an_empty_file_is_no_configuration(tmp_path: Path, name: str, text: str) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=rf"{name} is empty: it has no option.*`saekit config > run.toml` writes one"):
         load_config(tmp_path / name, ["sae.name=topk"])
     assert load_config({}) == load_config(TrainConfig())
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.toml", "# all"), ("run.yaml", "# all\n"), ("run.json", "{}")])
+def test_a_file_that_says_nothing_is_all_defaults(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert load_config(tmp_path / name) == load_config(TrainConfig())
 
 
 def test_a_missing_file_says_what_is_there(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import saekit
 from saekit.converted import ConvertedConfig as Converted
 from saekit.errors import ConfigError, PluginWarning, SaekitError, StorageError
+from saekit.for_sae_lens import NO_PROCESSING
 from saekit.kinds import PRETRAINED_LOADERS
 from saekit.pretrained.converting import convert_config as convert
 from saekit.pretrained.converting import write_new
@@ -416,6 +417,32 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert target.read_text() == "seed = 3"
     with pytest.raises(ConfigError, match="is there already; choose another name"):
         write_new(target, "seed = 4")
+
+
+def test_a_coefficient_that_is_assumed_and_lowered_is_told() -> None:
+    found = convert({
+        "sae_lens_version": "6.54.12", "hook_name": "blocks.0.hook_resid_pre", "lr": 1e-3, "training_tokens": 400,
+        "train_batch_size_tokens": 10, "sae": {"architecture": "standard", "l1_warm_up_steps": 100},
+    })  # fmt: skip
+    assert found.assumed["sae.l1_coefficient"] == 1.0
+    assert "1.0 is sae.l1_coefficient = 0.4: the warm-up is longer" in found.changed["sae.l1_coefficient"]
+
+
+def test_of_arguments_that_changed_only_those_that_are_here_are_shown() -> None:
+    base = {"sae_lens_version": "6.54.12", "hook_name": "blocks.0.hook_resid_pre", "lr": 1e-3, "sae": {}}
+    told = {"device_map": "auto", "torch_dtype": "bfloat16", "n_devices": 2, **NO_PROCESSING, "n_ctx": 8}
+    found = convert({**base, "model_from_pretrained_kwargs": told})
+    assert found.changed["model_from_pretrained_kwargs"] == "torch_dtype is model.dtype"
+    found = convert({**base, "model_from_pretrained_kwargs": {"device_map": "auto", "n_ctx": 8}})
+    assert "device_map" not in found.changed["model_from_pretrained_kwargs"]
+    assert "device_map" in found.lost["model_from_pretrained_kwargs"]
+
+
+@pytest.mark.parametrize("version", ["3.0.0_standard", "4.4.5_gated", "5.11.0_training_standard", "6.54.12_topk"])
+def test_what_an_sae_states_is_no_run_to_convert(version: str) -> None:
+    path = TESTS / f"fixtures/sae_lens_{version}" / "cfg.json"
+    with pytest.raises(ConfigError, match=r"what an SAE states about itself.*SAE\.load\(FOLDER\)"):
+        saekit.load_config(path)
 
 
 def test_what_was_not_stated_is_as_sae_lens_has_it() -> None:

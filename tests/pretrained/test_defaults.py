@@ -29,7 +29,7 @@ STATED: dict[str, tuple[str, Collection[str]]] = {
     "sae_lens_2.1.3_legacy_pt": ("sae_lens_legacy", SAE_LENS := {
         "model_name", "hook_layer", "context_size", "prepend_bos", "dataset_path", "is_dataset_tokenized",
         "model_class_name", "model_kwargs", "model_from_pretrained_kwargs", "training_architecture",
-        "training_architecture_details", "sae_lens_training_version",
+        "training_architecture_details", "sae_lens_training_version", "l1_coefficient",
     }),
     "sae_lens_6.54.12_standard": ("sae_lens", SAE_LENS),
     "sparsify_1.3.3_skip_transcoder": ("sparsify", {"hf_hook_name"}),

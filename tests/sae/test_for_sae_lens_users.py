@@ -193,6 +193,7 @@ def test_ports_are_said_once() -> None:
         ({"name": "topk", **SIZES, "kk": 3}, "kk"),
         ({"name": "tpk", **SIZES}, "topk"),
         (SIZES, "name"),
+        ({"name": "topk", **SIZES, "hook_name": "x"}, "hook_name"),
     ],
 )
 def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
@@ -204,3 +205,9 @@ def test_options_that_are_none(options: dict[str, Any], message: str) -> None:
 def test_what_an_sae_states_there_are_no_options(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"an SAE of sae-lens states about itself.*SAE\.load\(folder\) reads it"):
         SAE.from_dict({"architecture": "standard", **SIZES, "normalize_activations": "none", **more})
+
+
+def test_options_of_saekit_with_one_of_theirs_are_of_saekit() -> None:
+    with pytest.raises(saekit.SaekitError) as caught:
+        SAE.from_dict({"name": "topk", **SIZES, "metadata": {}, "hook_name": "x"})
+    assert "of sae-lens states about itself" not in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from saekit import ModelError
 from saekit.devices import resolve_device
+from saekit.for_sae_lens import BY_DEFAULT, NO_PROCESSING
 from saekit.garbage import uncollected
 from saekit.hub import is_path, within_reach
 from saekit.reasons import reason
@@ -22,9 +24,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = {"saekit/tiny-python": Path(__file__).parent / "tiny_python"}
 NATIVE_CONFIG, NATIVE_WEIGHTS = "hooked_transformer.json", "model.safetensors"
-PROCESSING = (
-    "fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases", "refactor_factored_attn_matrices",
-)  # fmt: skip
+PROCESSING = tuple(NO_PROCESSING)
 
 
 def load_model(model: ModelConfig, kwargs: Mapping[str, Any]) -> object:
@@ -53,11 +53,13 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
             raise ModelError(f"there is no model folder {name!r} (model.name)")
         return None
     if (folder / NATIVE_CONFIG).is_file():
-        if kwargs:
+        # nothing is done to its weights as it is loaded, so that nothing is to be done is true of it
+        if other := sorted(key for key, value in kwargs.items() if value is not False or key not in PROCESSING):
             raise ModelError(
-                f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {sorted(kwargs)}. Leave them out "
-                "(model.backend.from_pretrained_kwargs={}); where it is an SAE that says them, name the backend alone "
-                "(--backend KEY, backend=KEY), or give a model that you have loaded"
+                f"model.backend.from_pretrained_kwargs do not apply to {name!r}: {other}. Leave them out "
+                "(model.backend.from_pretrained_kwargs={}); where it is an SAE that says them, say the backend without "
+                '(--backend KEY; backend={"name": KEY, "from_pretrained_kwargs": {}}), or give a model that you have '
+                "loaded"
             )
         return folder
     if not (folder / "config.json").is_file():
@@ -65,6 +67,11 @@ def model_folder(name: str, kwargs: Mapping[str, Any]) -> Path | None:
     if unknown := sorted(set(kwargs) - set(PROCESSING)):
         raise ModelError(f"model.backend.from_pretrained_kwargs for a folder can be {PROCESSING}, found {unknown}")
     return folder
+
+
+def is_native(name: str) -> bool:
+    """A folder of a HookedTransformer, whose weights are as they were saved."""
+    return name in EMBEDDED or os.path.isfile(os.path.join(name, NATIVE_CONFIG))  # noqa: PTH113, PTH118 - raises for none
 
 
 @contextmanager
@@ -127,7 +134,7 @@ def _load_hf_folder(folder: Path, dtype: str, device: str, kwargs: Mapping[str, 
     with uncollected():
         from transformer_lens import HookedTransformer
         from transformer_lens import loading_from_pretrained as conversion
-    options = dict.fromkeys(PROCESSING[:4], True) | dict(kwargs)
+    options = {name: True for name, done in BY_DEFAULT.items() if done} | dict(kwargs)
     torch_dtype = getattr(torch, dtype)
     tokenizer = load_tokenizer(folder)
     with loading(f"the model in {folder}"):

@@ -12,15 +12,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from saekit.for_sae_lens import BY_DEFAULT, NO_PROCESSING
 from saekit.hub import is_path
-from saekit_plugins.backends.model_folders import EMBEDDED, NATIVE_CONFIG, PROCESSING
+from saekit_plugins.backends.model_folders import PROCESSING, is_native
 
 __all__ = ["NOTHING", "at_hooks", "of_metadata", "seen_in"]
 
-NOTHING: Mapping[str, bool] = dict.fromkeys(PROCESSING, False)
+NOTHING = NO_PROCESSING
 """The weights as they are."""
-_BY_DEFAULT: Mapping[str, bool] = dict.fromkeys(PROCESSING[:4], True) | {PROCESSING[4]: False}
-"""What ``HookedTransformer.from_pretrained`` does."""
 _CENTER, _VALUES = "center_writing_weights", "fold_value_biases"
 _FEW = 64  # rows of the embedding
 _NO_MEAN = 5e-3  # of the deviation: what is centered has 4e-4 in bfloat16, what is not 4e-2 at a width of 4,096
@@ -76,20 +75,15 @@ def of_metadata(about: Mapping[str, Any]) -> dict[str, bool]:
     if kind == "TransformerBridge":
         if not about.get("model_compatibility_mode"):
             return dict(NOTHING)
-        return {one: bool(about.get(f"model_{one}", done)) for one, done in _BY_DEFAULT.items()}
+        return {one: bool(about.get(f"model_{one}", done)) for one, done in BY_DEFAULT.items()}
     options = about.get("model_from_pretrained_kwargs")
     lens = kind == "HookedTransformer" or (kind is None and isinstance(options, Mapping))
-    if not lens or not isinstance(name, str) or name in ("", "custom") or _is_native(name):
+    if not lens or not isinstance(name, str) or name in ("", "custom") or is_native(name):
         return {}
     if is_path(name) and not Path(name).is_dir():
         return {}
     given = options if isinstance(options, Mapping) else {}
-    return {one: bool(given.get(one, done)) for one, done in _BY_DEFAULT.items()}
-
-
-def _is_native(name: str) -> bool:
-    """A folder of a HookedTransformer, whose weights are as they were saved."""
-    return name in EMBEDDED or (Path(name) / NATIVE_CONFIG).is_file()
+    return {one: bool(given.get(one, done)) for one, done in BY_DEFAULT.items()}
 
 
 def seen_in(model: Any) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from saekit import Entry, Ports, PretrainedSAE, SAEFiles, Site, Sites, hookimpl
 from saekit.config import check
 from saekit.errors import SAEFormatError
 from saekit_plugins.loaders.reading import OneOfSeveral, beside, found_files, missing_beside, one_file
-from saekit_plugins.loaders.sae_lens.architectures import architecture_of
+from saekit_plugins.loaders.sae_lens.architectures import architecture_of, with_training
 from saekit_plugins.loaders.sae_lens.config import RENAMED, FoundConfig, read_config
 
 if TYPE_CHECKING:
@@ -102,21 +102,21 @@ class SaeLensLoader:
             raise SAEFormatError(f"{place} says {_FINE_TUNED}, and the weights beside it hold no such tensor")
         architecture = architecture_of(config, _with_one_factor(dict(tensors)), place)
         defaulted = [*config.defaulted, *architecture.defaulted]
+        options = with_training(config, architecture)
         return PretrainedSAE(
             architecture=architecture.key,
-            options={
-                "d_in": config.d_in,
-                "d_sae": config.d_sae,
-                "apply_b_dec_to_input": config.apply_b_dec_to_input,
-                "normalize_sae_decoder": False,
-                **architecture.options,
-            },
+            options=options,
             tensors=architecture.tensors,
             **_place_of(config, architecture.d_out),
             log_sparsity=sparsity,
             activation_scale=self._activation_scale(config, place, saved),
             input_transform=config.input_transform,
-            metadata={**config.metadata, **_hook_alone(config, architecture.d_out), **_defaulted(defaulted)},
+            metadata={
+                **config.metadata,
+                **_hook_alone(config, architecture.d_out),
+                **_other_units(config, options),
+                **_defaulted(defaulted),
+            },
             renamed={theirs: ours for theirs, ours in RENAMED.items() if theirs in raw},
         )
 
@@ -156,6 +156,12 @@ def _hook_alone(config: FoundConfig, d_out: int | None) -> dict[str, Any]:
         return {}
     head = config.site.hook_head_index
     return {"hook_name": config.site.hook_name, **({} if head is None else {"hook_head_index": head})}
+
+
+def _other_units(config: FoundConfig, options: Mapping[str, Any]) -> dict[str, Any]:
+    """A coefficient of flat files that is none here, for it is of another sum of errors."""
+    name = "l1_coefficient"
+    return {name: config.flat[name]} if name in config.flat and not {name, "l0_coefficient"} & options.keys() else {}
 
 
 def _saved_scale(files: SAEFiles) -> float | None:

@@ -7,21 +7,34 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.errors import SAEFormatError
-from saekit.for_sae_lens import major
+from saekit.config.converter import ConfigConverter
+from saekit.errors import ConfigError, SAEFormatError
+from saekit.kinds import SAE_ARCHITECTURES
+from saekit.plugins.manager import default_manager
 from saekit_plugins.loaders.sae_lens.config import FoundConfig
 from saekit_plugins.loaders.sae_lens.others import OTHERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Found", "architecture_of"]
+__all__ = ["Found", "architecture_of", "with_training"]
 
 _READ = (
     "standard, topk, abstopk, jumprelu, batchtopk, matryoshka_batchtopk, gated, matching_pursuit, temporal, and "
     "transcoders"
 )
 _MATRYOSHKA = "matryoshka_batchtopk"
+_ALIKE = (
+    "mse_loss_normalization", "noise_scale", "use_ghost_grads", "b_dec_init_method", "decoder_heuristic_init",
+    "decoder_orthogonal_init", "init_encoder_as_decoder_transpose",
+)  # fmt: skip
+_TRAINED = frozenset(_ALIKE) | {
+    "l1_coefficient", "lp_norm", "l1_warm_up_steps", "scale_sparsity_penalty_by_decoder_norm", "bandwidth",
+    "initial_threshold", "tanh_scale", "ste_to_input", "l0_coefficient", "l0_warm_up_steps", "target_l0",
+    "pre_act_loss_coefficient", "sparsity_loss", "aux_loss_coefficient", "aux_loss_normalization", "threshold_lr",
+    "aux_loss_levels", "level_loss",
+}  # fmt: skip
+"""Options here that count in training alone."""
 _K = 32.0  # of a batchtopk whose file does not say: only training asks for it
 
 
@@ -64,13 +77,49 @@ def _said(config: FoundConfig) -> dict[str, Any]:
 
 def _standard_options(config: FoundConfig) -> dict[str, Any]:
     """How it was trained, where that is said: so it would train on.  6 weighs its penalty by norms in any case."""
-    said = _said(config)
-    if "l1_coefficient" not in said:
-        return {}
-    weighed = said.get("scale_sparsity_penalty_by_decoder_norm", major(said.get("sae_lens_version")) >= 6)
-    names = ("l1_coefficient", "lp_norm", "l1_warm_up_steps")
-    options = {name: said[name] for name in names if said.get(name) is not None}
-    return options | {"scale_sparsity_penalty_by_decoder_norm": weighed}
+    said, weighed = _said(config), "scale_sparsity_penalty_by_decoder_norm"
+    options = _penalty(config, said, "l1_coefficient", "lp_norm", "l1_warm_up_steps")
+    if config.version >= 6 and "l1_coefficient" in said:
+        options[weighed] = True
+    return options | ({weighed: said[weighed]} if weighed in said else {})
+
+
+def _penalty(config: FoundConfig, said: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Those of ``names`` that are said; a coefficient only where it is one of a sum of squared errors, as since 3."""
+    alike = config.version >= 3 and said.get("mse_loss_normalization", "none") == "none"
+    return {name: said[name] for name in names if said.get(name) is not None and (alike or name != "l1_coefficient")}
+
+
+def with_training(config: FoundConfig, found: Found) -> dict[str, Any]:
+    """All its options, with those of training that 3 to 5 state by the same names; what cannot be so here is left out.
+
+    None of training decides how weights are used: an SAE is loaded all the same.
+    """
+    options = {
+        "d_in": config.d_in,
+        "d_sae": config.d_sae,
+        "apply_b_dec_to_input": config.apply_b_dec_to_input,
+        "normalize_sae_decoder": False,
+        **found.options,
+    }
+    if config.version < 6:
+        options |= {name: config.flat[name] for name in _ALIKE if name in config.flat}
+        options |= {"mse_loss_normalization": "none"} if "mse_loss_normalization" in config.nulls else {}
+    if _is_accepted(found.key, options):
+        return options
+    kept = {name: value for name, value in options.items() if name not in _TRAINED}
+    for name in _TRAINED & options.keys():
+        if _is_accepted(found.key, kept | {name: options[name]}):
+            kept[name] = options[name]
+    return {name: kept[name] for name in options if name in kept}
+
+
+def _is_accepted(key: str, options: Mapping[str, Any]) -> bool:
+    try:
+        ConfigConverter(default_manager()).choice({"name": key, **options}, SAE_ARCHITECTURES)
+    except ConfigError:
+        return False
+    return True
 
 
 def _topk(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found:
@@ -205,8 +254,7 @@ def _gated(config: FoundConfig, tensors: dict[str, Tensor], place: str) -> Found
     """sae-lens' reconstruction by gates trains the decoder, and its penalties are weighed by decoder norms."""
     if config.activation != "relu":
         raise SAEFormatError(f"the activation of the gated SAE in {place} is {config.activation!r}, expected 'relu'")
-    said = _said(config)
-    options = {name: said[name] for name in ("l1_coefficient", "l1_warm_up_steps") if said.get(name) is not None}
+    options = _penalty(config, _said(config), "l1_coefficient", "l1_warm_up_steps")
     form = {"aux_loss_trains_decoder": True, "scale_sparsity_penalty_by_decoder_norm": True}
     return Found("saekit:gated", options | form, tensors)
 

@@ -9,7 +9,8 @@ import attrs
 
 from saekit import Site
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.for_sae_lens import no_token, said_by_sae_lens
+from saekit.for_sae_lens import NO_PROCESSING, is_guess, major, no_token, said_by_sae_lens
+from saekit_plugins.backends.model_folders import is_native
 
 __all__ = ["RENAMED", "FoundConfig", "read_config"]
 
@@ -26,6 +27,7 @@ _FED = (
 )  # fmt: skip
 # In the metadata of 6, but not of what the SAE is fed: they have a place of their own, or are of the file alone.
 _NOT_KEPT = ("hook_name", "hook_head_index", "sae_lens_version")
+_KWARGS, _VERSION = "model_from_pretrained_kwargs", "sae_lens_training_version"
 _NUMBER, _TEXT, _FLAG = (int, "a whole number above 0"), (str, "a text"), (bool, "true or false")
 _KINDS: Mapping[str, tuple[type, str]] = {
     "d_in": _NUMBER,
@@ -47,6 +49,10 @@ class FoundConfig:
 
     flat: Mapping[str, Any]
     """Everything, with today's names; nulls left out."""
+    nulls: frozenset[str]
+    """What is stated to be null."""
+    version: int
+    """The first number of the version of sae-lens that trained it; 0 where nobody knows."""
     d_in: int
     d_sae: int
     site: Site | None
@@ -87,8 +93,11 @@ def read_config(
         raise SAEFormatError(f"{place} lacks {', '.join(missing)}")
     _check_kinds(flat, place)
     normalized = _normalized(flat, place, normalized)
+    metadata = _metadata(flat, inner or raw, nested=bool(inner))
     return FoundConfig(
         flat=flat,
+        nulls=frozenset(name for name, value in {**(inner or {}), **raw}.items() if value is None),
+        version=major(flat.get(_VERSION) or _version(inner or raw, flat)),
         d_in=flat["d_in"],
         d_sae=flat["d_sae"],
         site=_site(flat, place),
@@ -98,8 +107,8 @@ def read_config(
         apply_b_dec_to_input=flat.get("apply_b_dec_to_input", True),
         scaled=normalized == SCALED,
         input_transform=TRANSFORMS.get(normalized),
-        metadata=_metadata(flat, inner or raw, nested=bool(inner)),
-        defaulted=tuple(_defaulted(flat)),
+        metadata=metadata,
+        defaulted=tuple(_defaulted(flat, metadata)),
     )
 
 
@@ -156,12 +165,27 @@ def _normalized(flat: Mapping[str, Any], place: str, option: str | None) -> str:
 def _metadata(flat: Mapping[str, Any], raw: Mapping[str, Any], *, nested: bool) -> dict[str, Any]:
     names = [*_FED, *(name for name in raw if nested and name not in (*_FED, *_NOT_KEPT))]
     found = {name: flat[name] for name in names if name in flat} | no_token(raw)
-    return found | said_by_sae_lens(found, flat.get("sae_lens_version"))
+    if isinstance(kwargs := found.get(_KWARGS), Mapping) and is_native(str(found.get("model_name"))):
+        found[_KWARGS] = {name: value for name, value in kwargs.items() if name not in NO_PROCESSING}  # as it was saved
+        return found
+    return found | _said(found, raw, flat)
 
 
-def _defaulted(flat: Mapping[str, Any]) -> list[str]:
+def _said(found: Mapping[str, Any], raw: Mapping[str, Any], flat: Mapping[str, Any]) -> dict[str, Any]:
+    """How its model is loaded.  A null for the version of its training, as 6 writes it of older ones: unknown."""
+    return said_by_sae_lens(found, _version(raw, flat), str(flat.get("hook_name", "")))
+
+
+def _version(raw: Mapping[str, Any], flat: Mapping[str, Any]) -> object:
+    """Of what is not said by which version it was trained, the one that wrote it; None where nobody knows."""
+    return None if raw.get(_VERSION, "") is None else flat.get("sae_lens_version")
+
+
+def _defaulted(flat: Mapping[str, Any], metadata: Mapping[str, Any]) -> list[str]:
     """Since 6, an SAE of a stated architecture has no other activation than its own."""
     missing = [name for name in ("architecture", "apply_b_dec_to_input") if name not in flat]
     if "architecture" in missing and not {"activation_fn", "activation_fn_str"} & set(flat):
         missing.append("activation_fn")
+    if metadata.get(_KWARGS) != flat.get(_KWARGS) and is_guess(metadata):
+        missing.append(_KWARGS)
     return missing

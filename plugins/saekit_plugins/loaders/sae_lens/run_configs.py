@@ -6,7 +6,7 @@ Flat ones of versions 2 to 5, as ``LanguageModelSAERunnerConfig`` saved them, an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from saekit import ConfigError
@@ -47,8 +47,9 @@ def convert(source: Mapping[str, Any]) -> ConvertedConfig | None:
     flat, version = flat_of(source)
     defaults = OF_6 if version >= 6 else BEFORE_6
     assumed = {key: value for key, value in defaults.items() if key not in flat and _concerns(key, flat)}
-    work = _Work({**assumed, **flat}, version)
+    work = _Conversion({**assumed, **flat}, version)
     work.all()
+    lowered = [key for key in warm_up(work) if key in assumed]
     told = {**work.renamed, **work.changed, **work.dropped, **work.lost}
     for key, value in flat.items():  # those that several keys were made of, of which this one said nothing
         if value is None and key not in told and key not in work.said:
@@ -56,14 +57,14 @@ def convert(source: Mapping[str, Any]) -> ConvertedConfig | None:
     return ConvertedConfig(
         table=nested(work.options),
         renamed=_of(flat, work.renamed),
-        changed=_of(flat, work.changed),
+        changed=_of([*flat, *lowered], work.changed),
         dropped=_of(flat, work.dropped),
         assumed={key: value for key, value in assumed.items() if key not in work.dropped},
         lost=_of(flat, work.lost),
     )
 
 
-def _of(keys: Mapping[str, Any], told: Mapping[str, str]) -> dict[str, str]:
+def _of(keys: Iterable[str], told: Mapping[str, str]) -> dict[str, str]:
     """In their order."""
     return {key: told[key] for key in keys if key in told}
 
@@ -76,8 +77,8 @@ def _concerns(key: str, flat: Mapping[str, Any]) -> bool:
     return name != "sae" or option in OF_ARCHITECTURES.get(str(flat.get("sae.architecture")), ())
 
 
-class _Work(Work):
-    """All of it."""
+class _Conversion(Work):
+    """What becomes of the model, the SAE and the sizes, and then of each key that is left."""
 
     def all(self) -> None:
         """Everything.  What depends on several keys comes first and takes them."""
@@ -89,7 +90,6 @@ class _Work(Work):
             self._one(key, self.left.pop(key))
         if self.given.get("from_pretrained_path") is not None:
             from_saved(self)
-        warm_up(self)
 
     def _one(self, key: str, value: Any) -> None:
         if key.removeprefix("sae.") == "normalize_activations" and not _is_normalization(value):

@@ -6,12 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from saekit.config import shown
+from saekit.for_sae_lens import dtype_in
 from saekit_plugins.loaders.sae_lens.run_work import Work
 
 __all__ = ["forwards", "loading"]
 
 _KWARGS = "model_from_pretrained_kwargs"
-_DTYPES = ("float32", "bfloat16", "float16", "float64")
 _OWN: Mapping[str, Mapping[str, str]] = {
     "HookedTransformer": {"dtype": "model.dtype", "torch_dtype": "model.dtype"},
     "AutoModelForCausalLM": {
@@ -36,6 +36,11 @@ def loading(work: Work, backend: str, options: Mapping[str, Any]) -> None:
             rest[name] = value
     if rest:
         work.set("model.backend.from_pretrained_kwargs", rest, _KWARGS)
+        given = {name: value for name, value in (work.given.get(_KWARGS) or {}).items() if name in rest}
+        if given == rest:  # what has a place elsewhere, or none, is told below
+            work.changed.pop(_KWARGS, None)
+        elif work.given.get(_KWARGS) is not None:
+            work.changed[_KWARGS] = f"{shown(given)} is model.backend.from_pretrained_kwargs = {shown(rest)}"
     elif not moved:
         work.dropped.setdefault(_KWARGS, "says nothing here")
     if moved:
@@ -50,8 +55,7 @@ def _value(path: str, value: Any) -> Any:
     """The same here; None: there is no such value."""
     if path != "model.dtype":
         return value
-    name = str(value).removeprefix("torch.")
-    return name if name in _DTYPES else None
+    return dtype_in({"dtype": value})
 
 
 def _devices(value: Any) -> str | None:

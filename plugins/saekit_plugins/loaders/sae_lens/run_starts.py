@@ -30,12 +30,16 @@ def from_saved(work: Work) -> None:
         )
 
 
-def warm_up(work: Work) -> None:
-    """One that is longer than the run ends below its aim there; here a run reaches its aim, which is that."""
+def warm_up(work: Work) -> list[str]:
+    """One that is longer than the run ends below its aim there; here a run reaches its aim, which is that.
+
+    Returns the keys whose values are others for it.
+    """
+    lowered: list[str] = []
     options = dict(work.options)
     tokens, batch = options.get("training.training_tokens"), options.get("training.train_batch_size_tokens")
     if not (_is_number(tokens) and _is_number(batch) and tokens > 0 and batch > 0):  # which is told when it is loaded
-        return
+        return lowered
     steps = math.ceil(tokens / batch)
     for name in ("l1", "l0"):
         whole, rising = options.get(f"sae.{name}_coefficient"), options.get(f"sae.{name}_warm_up_steps")
@@ -48,10 +52,12 @@ def warm_up(work: Work) -> None:
             key = next(
                 key for key in work.given if key.rpartition(".")[2] in (f"l1_{part}", f"l0_{part}") and key in work.said
             )
+            lowered.append(key)
             work.changed[key] = (
                 f"{work.given[key]} is sae.{name}_{part} = {value:g}: the warm-up is longer than the run of {steps:,} "
                 "steps, and this is as far as it gets"
             )
+    return lowered
 
 
 def _is_number(value: Any) -> TypeGuard[float]:

@@ -267,17 +267,17 @@ def rehearsed(
     look: Look,
     deadline: Deadline | None = None,
     beside: Sequence[tuple[SAETrainer, Look]] = (),
-    seconds: float | None = None,
+    share: float = 1.0,
 ) -> Rehearsed:
     """What batches of ``rows`` (a :class:`ForwardStage`, or what reads them) and steps of ``trainer`` take.
 
     ``forward``: rows of one forward at most; 0: what is read are whole batches.  ``ahead``: whether a thread makes
     forwards while steps are made, of which the part ``alone`` is added to them where that cannot be measured.
     ``look`` is told of the metrics of the first step.  What would not end before the ``deadline`` is not begun.
-    Trainers ``beside`` it make their steps after it, on the same batches.  ``seconds``: for batches in turns, by
-    default four.
+    Trainers ``beside`` it make their steps after it, on the same batches.  ``share``: of the seconds that there are for
+    batches, as many are for these.
     """
-    deadline, seconds = deadline or Deadline(), _SECONDS if seconds is None else seconds
+    deadline, seconds = deadline or Deadline(), share * _SECONDS
     trainers = [trainer, *(one for one, _ in beside)]
     batch = _rows_of(trainers)
     n = len(begun := first.given())
@@ -322,7 +322,8 @@ def rehearsed(
         per_row=per_row,
         step=own.step,
         late=own.late,
-        cold=max((first.per_row - per_row) * n, 0.0) + own.cold,
+        cold=(cold_forward := max((first.per_row - per_row) * n, 0.0)) + own.cold,
+        cold_forward=cold_forward,
         shared=shared,
         forwards=forwards,
         steps=own.steps,

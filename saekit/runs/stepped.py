@@ -36,6 +36,8 @@ class Rehearsed(Stepped):
     """Seconds of what a run does again and again: steps, of which ``cold`` has what the first forward took beyond the
     others, too, and what they are made on."""
 
+    cold_forward: float = 0.0
+    """The part of ``cold`` that is the forward's."""
     per_row: float
     """Of a row that the model makes, or that is read, between steps."""
     shared: float
@@ -46,6 +48,12 @@ class Rehearsed(Stepped):
     """Bytes of the rows that were mixed meanwhile."""
     beside: Sequence[Stepped] = ()
     """Of the SAEs that made their steps on the same batches."""
+
+    @property
+    def own(self) -> Stepped:
+        """The steps alone."""
+        cold = self.cold - self.cold_forward
+        return Stepped(step=self.step, late=self.late, cold=cold, steps=self.steps)
 
 
 def part_added(together: float, step: float, forwards: float) -> float:

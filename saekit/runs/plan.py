@@ -15,13 +15,11 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.devices import resolve_device
-from saekit.errors import ModelError, SaekitError
+from saekit.errors import SaekitError
 from saekit.kernels.workspace import SHARED
-from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed, outlined
+from saekit.kinds import ACTIVATION_SOURCES, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.data.stream import probe
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
@@ -43,6 +41,7 @@ from saekit.runs.planned_lanes import PlannedLane, open_lanes
 from saekit.runs.planned_members import PlannedMember, training_doubts, training_text
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, process_text, verdict
 from saekit.runs.planned_mesh import planned_world
+from saekit.runs.planned_outline import of_outline, outlined_for
 from saekit.runs.planned_sizes import Sizes, devices_of
 from saekit.runs.planned_text import counted_unread, look_at_texts, no_contexts
 from saekit.runs.planned_time import Stopwatch
@@ -50,8 +49,8 @@ from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
 from saekit.runs.sweep import check_together, member_names
 from saekit.runs.working_memory import resident, resident_peak
+from saekit.site import Site
 from saekit.status import Status
-from saekit.tokens import special_ids
 from saekit.values import Ports
 
 if TYPE_CHECKING:
@@ -88,16 +87,6 @@ def look(
     finally:
         SHARED.release()
     return planner.plan()
-
-
-def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:
-    """``config``, with some id in the place of special tokens, which an outline has no tokenizer to tell.
-
-    No size depends on which they are.
-    """
-    if config.tokens.exclude_special_tokens is not True or special_ids(outline):
-        return config
-    return attrs.evolve(config, tokens=attrs.evolve(config.tokens, exclude_special_tokens=(0,)))
 
 
 class _Planner:
@@ -190,14 +179,18 @@ class _Planner:
                 lane.source = self.found.attempt(functools.partial(self.source, lane), of=lane.names)
         try:
             self.texts(lanes, corpus, backend)
-            if not there or not all([self.ports(lane, backend) for lane in lanes]):
+            if not there or not self.ports(lanes, backend):
                 return
             self.doubts(lanes, backend)
             found = self.sizes(self.members, lanes, corpus, backend)
             tried = found is not None and fits and len(self.schedules) == len(self.members)
             if found is not None and found.memory.lacking(self.free):
                 self.untimed("it does not fit")
-            elif tried and not any(one.refused for one in self.members) and (lanes[0].source is not None or lanes[0].stream.has_model):
+            elif (
+                tried
+                and not any(one.refused for one in self.members)
+                and (lanes[0].source is not None or lanes[0].stream.has_model)
+            ):
                 say.line(f"counted so far: {self.plan().verdict}")
                 say("trying a few batches")
                 self.found.attempt(lambda: self.duration(lanes, corpus, backend))
@@ -219,7 +212,12 @@ class _Planner:
 
     def together(self) -> bool:
         """Whether they can share a run."""
-        return self.found.attempt(lambda: not check_together(self.configs, self.plugins)) is not None
+
+        def check() -> bool:
+            check_together(self.configs, self.plugins)
+            return True
+
+        return self.found.attempt(check) is not None
 
     def check_folder(self, *, alone: bool) -> None:
         """That a run folder of this name can be made, and folders of the SAEs in it."""
@@ -302,9 +300,7 @@ class _Planner:
     def open_lanes(self, members: Sequence[PlannedMember], corpus: Corpus, backend: ModelBackend) -> list[PlannedLane]:
         """What batches come from, but for their sources."""
         doubt = self.found.doubt
-        return open_lanes(
-            members, self.plugins, corpus, backend, self.world, lambda text, names: doubt(text, of=names)
-        )
+        return open_lanes(members, self.plugins, corpus, backend, self.world, lambda text, names: doubt(text, of=names))
 
     def source(self, lane: PlannedLane) -> SupervisedSource:
         return open_source(lane.longest.config, self.plugins, lane.stream)
@@ -319,18 +315,24 @@ class _Planner:
             self.facts |= found.facts
             self.numbers |= found.numbers
 
-    def ports(self, lane: PlannedLane, backend: ModelBackend) -> bool:
-        """The widths of the sites of its SAEs, and whether they are known; a stated one that is wrong is among the
+    def ports(self, lanes: Sequence[PlannedLane], backend: ModelBackend) -> bool:
+        """The widths of the sites of all SAEs, and whether they are known; a stated one that is wrong is among the
         problems."""
-        stream, source = lane.stream, lane.source
-        widths = self.found.attempt(lambda: stream.widths if source is None else widths_of(source, stream), of=lane.names)
-        if widths is None:
-            return False
-        for member in lane.members:
-            sites, d_in = member.config.sites, member.options.d_in
-            self.found.attempt(functools.partial(checked_ports, widths, sites, d_in, backend.name), of=[member.name])
-            member.ports = Ports.of(sites, widths)
-        return True
+        known = True
+        for lane in lanes:
+            widths = self.found.attempt(functools.partial(self.widths, lane), of=lane.names)
+            for member in lane.members if widths is not None else ():
+                assert widths is not None
+                sites, d_in = member.config.sites, member.options.d_in
+                check = functools.partial(checked_ports, widths, sites, d_in, backend.name)
+                self.found.attempt(check, of=[member.name])
+                member.ports = Ports.of(sites, widths)
+            known &= widths is not None
+        return known
+
+    def widths(self, lane: PlannedLane) -> Mapping[Site, int]:
+        """Of the sites of ``lane``."""
+        return lane.stream.widths if lane.source is None else widths_of(lane.source, lane.stream)
 
     def doubts(self, lanes: Sequence[PlannedLane], backend: ModelBackend) -> None:
         """What looks wrong with the order of sites."""
@@ -344,9 +346,7 @@ class _Planner:
         self, members: Sequence[PlannedMember], lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        counted = Sizes(
-            members, lanes, self.plugins, corpus, backend, self.found, self.world, self.free, self.numbers
-        )
+        counted = Sizes(members, lanes, self.plugins, corpus, backend, self.found, self.world, self.free, self.numbers)
         if self.found.attempt(counted.count) is None:
             return None
         self.numbers |= counted.numbers
@@ -354,35 +354,23 @@ class _Planner:
         self.counted = counted
         return counted
 
-    def outlined(self) -> ModelBackend:
-        """The model without its weights; :class:`ModelError` where its backend cannot make one."""
-        chosen = self.plugins.bound(MODEL_BACKENDS, self.config.model.backend)
-        made: ModelBackend | None = outlined(chosen.item, chosen.options, model=self.config.model)
-        if made is None:
-            raise ModelError(f"the backend {chosen.key!r} cannot tell the sizes of a model before it is loaded")
-        named, hooks = sites_by_option(self.configs), set(made.hook_names())
-        sites = [site for some in named.values() for site in some if site.hook_name in hooks]
-        with blamed(chosen.item, "a forward of its outline"):  # of some models, shapes depend on numbers
-            probe(made, sites)
-        return made
-
     def count(self, corpus: Corpus, *, told: bool) -> None:
         """What can be told before the model is loaded and the text is opened; ``told``: why it cannot is a problem."""
         first, again = Stopwatch(), Stopwatch()
         try:
             with first():
-                outline = self.outlined()
+                outline = outlined_for(self.configs, self.plugins)
             with again():  # without what it imports, which a run does, too
-                self.outlined()
+                outlined_for(self.configs, self.plugins)
             self.opening.seconds += max(first.seconds - again.seconds, 0.0)
         except SaekitError:
             if told:
-                self.found.attempt(self.outlined)
+                self.found.attempt(lambda: outlined_for(self.configs, self.plugins))
             return  # to load it says what is wrong
         _, there = self.fitting(outline, corpus)
         if not there:
             return
-        members = [attrs.evolve(one, config=_of_outline(one.config, outline)) for one in self.members]
+        members = [attrs.evolve(one, config=of_outline(one.config, outline)) for one in self.members]
         lanes = self.found.attempt(lambda: self.open_lanes(members, corpus, outline))
         if lanes is None:
             return
@@ -393,7 +381,7 @@ class _Planner:
             if self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text:
                 with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
                     lane.source = self.source(lane)
-        if all([self.ports(lane, outline) for lane in lanes]):
+        if self.ports(lanes, outline):
             self.sizes(members, lanes, corpus, outline)
         for lane in lanes:
             if lane.source is not None:

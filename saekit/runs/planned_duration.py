@@ -118,17 +118,11 @@ class TimedRun:
             chosen = kinds.to_try(lane)
             if not chosen or (trials and deadline.passed):
                 continue
-            begun = self._tried(lambda: self._first_rows(lane, lane.source, deadline, runs_model=lane.reads))
-            if begun is None:
-                return
-            (rows, first), trial = begun, Trial(lane, self.plugins, self.world, self.corpus, self.backend)
-            trials.append(trial)
-            if self._tried(lambda: trial.begin(first, chosen, schedules) or trial, refuses=True) is None:
-                return
-            found = self._tried(lambda: self._rehearsed(trials, rows, first, deadline, 1 / len(lanes)))
+            trials.append(Trial(lane, self.plugins, self.world, self.corpus, self.backend))
+            found = self._rehearsed(trials, chosen, schedules, deadline, 1 / len(lanes))
             if found is None:
                 return
-            kinds.note(lane, trial.tried(found))
+            kinds.note(lane, trials[-1].tried(found))
             batches.note(lane, found)
         left = self._tried(kinds.estimate)
         if left is None:
@@ -175,16 +169,32 @@ class TimedRun:
         return rows, FirstRows(seconds.seconds / len(batch), batch)
 
     def _rehearsed(
-        self, trials: Sequence[Trial], rows: Any, first: FirstRows, deadline: Deadline, share: float
-    ) -> Rehearsed:
-        """A few batches of the last of ``trials``, as the loop makes them."""
-        found, peak = resident_peak(lambda: trials[-1].rehearse(rows, first, deadline, share))
-        self.logged = self.logged or trials[-1].logged
+        self,
+        trials: Sequence[Trial],
+        chosen: Sequence[PlannedMember],
+        schedules: Mapping[str, ComposedSchedule],
+        deadline: Deadline,
+        share: float,
+    ) -> Rehearsed | None:
+        """A few batches of the last of ``trials`` for those that are ``chosen`` of its lane, as the loop makes them;
+        None: they cannot be timed."""
+        trial, lane = trials[-1], trials[-1].lane
+        begun = self._tried(lambda: self._first_rows(lane, lane.source, deadline, runs_model=lane.reads))
+        if begun is None:
+            return None
+        rows, first = begun
+        if self._tried(lambda: trial.begin(first, chosen, schedules), refuses=True) is None:
+            return None
+        rehearsed = self._tried(lambda: resident_peak(lambda: trial.rehearse(rows, first, deadline, share)))
+        if rehearsed is None:
+            return None
+        found, peak = rehearsed
+        self.logged = self.logged or trial.logged
         # What is mixed is less here than in the run, and SAEs are fewer.
-        there = {trainer.name for trial in trials for trainer in trial.trainers}
+        there = {trainer.name for one in trials for trainer in one.trainers}
         absent = [one for one in self.counted.here if one.name not in there]
         buffers = sum(size for device, size in self.counted.buffers.items() if _on_cpu(device))
-        mixed = found.held if _on_cpu(self.counted.place_of(trials[-1].lane)) else 0
+        mixed = found.held if _on_cpu(self.counted.place_of(lane)) else 0
         saes = sum(self.counted.saes[one.name].trained for one in absent if _on_cpu(training_device(one)))
         self.missing = max(buffers - mixed, 0.0) + saes + self.counted.kept_on_cpu
         self._note(peak)
@@ -292,14 +302,13 @@ class TimedRun:
             if self.world.size > 1 or not all(evals[member.name] for member in group):
                 return None
             alike = frozenset(Counter(kinds.all.index(kinds.of(member)) for member in group).items())
-            key = group[0].config.evals.n_contexts, alike
-            cold = 0.0
-            if key not in known:
+            same, cold = (group[0].config.evals.n_contexts, alike), 0.0
+            if same not in known:
                 found = self._measured(group, kinds, evals, deadline)
                 if found is None:
                     return None
-                known[key], cold = found, found[1]
-            number, seconds = evals_of(group[0].config), known[key][0]
+                known[same], cold = found, found[1]
+            number, seconds = evals_of(group[0].config), known[same][0]
             whole += number * seconds + cold
             before += (number - 1) * seconds + cold if seconds and number > 1 else 0.0
         return whole, before

@@ -157,8 +157,8 @@ def recipe_text(lanes: Sequence[PlannedLane], *, chosen: bool, each: bool, per_r
     rows, recipe = sum(lane.counted.buffer for lane in able), sum(lane.counted.recipe[0] for lane in able)
     choice = "as it is" if chosen else "with checkpoints.buffer=recipe"
     text = (
-        f"{bytes_text(rows)}{' of each process' * each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), and "
-        f"about {sum(lane.counted.recipe[1] for lane in able):,} forwards to go on from it"
+        f"{bytes_text(rows)}{' of each process' * each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), "
+        f"and about {sum(lane.counted.recipe[1] for lane in able):,} forwards to go on from it"
     )
     return text if per_row is None else f"{text}, {duration_text(recipe_seconds(able, per_row))}"
 

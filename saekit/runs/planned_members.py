@@ -77,7 +77,7 @@ def by_kind(members: Sequence[PlannedMember], plugins: PluginManager) -> dict[st
 
 
 def here_of(members: Sequence[PlannedMember], groups: int) -> list[PlannedMember]:
-    """Of ``members``, which are dealt out over so many ``groups`` of processes, those of the group that has the most."""
+    """Of ``members``, which are dealt out over so many ``groups`` of processes, those of the one that has the most."""
     weights = [member.weights for member in members]
     groups_of = dealt_out(weights, groups)
     loads = [sum(own for own, group in zip(weights, groups_of, strict=True) if group == n) for n in range(groups)]

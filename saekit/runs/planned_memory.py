@@ -51,7 +51,8 @@ class Of(StrEnum):
 _LESS = {
     Of.MODEL: "choose model.dtype=bfloat16, or a smaller model",
     Of.SAE: "choose fewer features (sae.d_sae)",
-    Of.SAES: "train fewer at a time, have several processes train some each (distributed.saes), or choose fewer features",
+    Of.SAES: "train fewer at a time, have several processes train some each (distributed.saes), or choose fewer "
+    "features",
     Of.BUFFER: "lower activations.source.n_batches_in_buffer",
     Of.KEPT: "give SAEs the same seed, batch size and activations.source, so that they share batches, or lower "
     "activations.source.n_batches_in_buffer",

@@ -17,8 +17,8 @@ from saekit.kinds import EVALS, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.parts import moment_bytes, updates_numbers
-from saekit.runs.planned_memory import eval_bytes
 from saekit.runs.planned_members import PlannedMember
+from saekit.runs.planned_memory import eval_bytes
 from saekit.runs.planned_mesh import advice
 from saekit.runs.planned_step import job_of
 from saekit.runs.spreading import spread

@@ -1,4 +1,4 @@
-"""The steps of all SAEs of a plan, from those of a few: of SAEs that are alike two are tried, and stand for the others."""
+"""The steps of all SAEs of a plan, from those of a few: of SAEs that are alike, two are tried for all."""
 
 from __future__ import annotations
 

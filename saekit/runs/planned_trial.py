@@ -52,8 +52,8 @@ class Trial:
 
     def begin(
         self, first: FirstRows, members: Sequence[PlannedMember], schedules: Mapping[str, ComposedSchedule]
-    ) -> None:
-        """Make SAEs in training with their first weights, which may look at the ``first`` rows."""
+    ) -> list[SAETrainer]:
+        """SAEs in training with their first weights, which may look at the ``first`` rows."""
         batch = first.batch
         assert batch is not None
         for member in members:
@@ -75,6 +75,7 @@ class Trial:
             self.trainers.append(trainer)
             self.weights.append(clock.seconds)
             self.paths[member.name] = trainer.step_path()
+        return self.trainers
 
     def rehearse(self, rows: Any, first: FirstRows, deadline: Deadline, share: float) -> Rehearsed:
         """A few batches, as the loop makes them; of the time for all, these have a ``share``."""

@@ -141,7 +141,8 @@ class Rehearsal:
             self._newest = self._next()
         elif number and not self.steps[number] and self.deadline.passed:
             raise StopIteration  # a first step of a further SAE would be the beginning of something else
-        assert self._newest is not None
+        if self._newest is None:
+            raise StopIteration  # those before it have had the last
         self._turn = number, time.perf_counter()
         return self._newest
 

@@ -28,9 +28,7 @@ from saekit.runs.opening import (
     check_context_size,
     check_hooks,
     checked_ports,
-    open_source,
     sites_by_option,
-    widths_of,
 )
 from saekit.runs.other_ways import SIZES_FACT
 from saekit.runs.parts import make_evals, make_schedule
@@ -49,13 +47,11 @@ from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
 from saekit.runs.sweep import check_together, member_names
 from saekit.runs.working_memory import resident, resident_peak
-from saekit.site import Site
 from saekit.status import Status
 from saekit.values import Ports
 
 if TYPE_CHECKING:
     from saekit.protocols import Eval
-    from saekit.runs.supervised import SupervisedSource
     from saekit.training.schedule import ComposedSchedule
 
 __all__ = ["look"]
@@ -176,7 +172,7 @@ class _Planner:
             if lanes is None:
                 return
             for lane in lanes if there else ():
-                lane.source = self.found.attempt(functools.partial(self.source, lane), of=lane.names)
+                lane.source = self.found.attempt(functools.partial(lane.opened, self.plugins), of=lane.names)
         try:
             self.texts(lanes, corpus, backend)
             if not there or not self.ports(lanes, backend):
@@ -302,9 +298,6 @@ class _Planner:
         doubt = self.found.doubt
         return open_lanes(members, self.plugins, corpus, backend, self.world, lambda text, names: doubt(text, of=names))
 
-    def source(self, lane: PlannedLane) -> SupervisedSource:
-        return open_source(lane.longest.config, self.plugins, lane.stream)
-
     def texts(self, lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend) -> None:
         """The text, which training itself reads or only evals do, and what the model makes of it."""
         # A source that has not opened the text does without it, and evals may, too.
@@ -320,7 +313,7 @@ class _Planner:
         problems."""
         known = True
         for lane in lanes:
-            widths = self.found.attempt(functools.partial(self.widths, lane), of=lane.names)
+            widths = self.found.attempt(lane.widths, of=lane.names)
             for member in lane.members if widths is not None else ():
                 assert widths is not None
                 sites, d_in = member.config.sites, member.options.d_in
@@ -329,10 +322,6 @@ class _Planner:
                 member.ports = Ports.of(sites, widths)
             known &= widths is not None
         return known
-
-    def widths(self, lane: PlannedLane) -> Mapping[Site, int]:
-        """Of the sites of ``lane``."""
-        return lane.stream.widths if lane.source is None else widths_of(lane.source, lane.stream)
 
     def doubts(self, lanes: Sequence[PlannedLane], backend: ModelBackend) -> None:
         """What looks wrong with the order of sites."""
@@ -380,7 +369,7 @@ class _Planner:
             lane.stream.contexts = lane.stream.own.contexts = no_contexts(outline, corpus)
             if self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text:
                 with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
-                    lane.source = self.source(lane)
+                    lane.source = lane.opened(self.plugins)
         if self.ports(lanes, outline):
             self.sizes(members, lanes, corpus, outline)
         for lane in lanes:

@@ -14,11 +14,12 @@ from saekit.data.stream import PROBED
 from saekit.distributed.world import World
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.runs.opening import open_stream
+from saekit.runs.opening import open_source, open_stream, widths_of
 from saekit.runs.planned_members import PlannedMember, longest_of
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.sweep import lane_key
 from saekit.runs.timing import bytes_text, duration_text
+from saekit.site import Site
 
 __all__ = ["LaneSizes", "PlannedLane", "held_bytes", "open_lanes", "reads", "recipe_seconds", "recipe_text"]
 
@@ -53,6 +54,14 @@ class PlannedLane:
     """None: it could not be opened."""
     counted: LaneSizes = attrs.field(factory=LaneSizes)
 
+    def opened(self, plugins: PluginManager) -> SupervisedSource:
+        """Its source, which the caller closes."""
+        return open_source(self.longest.config, plugins, self.stream)
+
+    def widths(self) -> Mapping[Site, int]:
+        """Of its sites."""
+        return self.stream.widths if self.source is None else widths_of(self.source, self.stream)
+
     @property
     def names(self) -> list[str]:
         """Of its SAEs."""
@@ -62,6 +71,13 @@ class PlannedLane:
     def longest(self) -> PlannedMember:
         """The one that takes batches to the end."""
         return longest_of(self.members)
+
+    @property
+    def numbers(self) -> int:
+        """In a batch, at all sites."""
+        ports = [member.ports for member in self.members if member.ports is not None]
+        widths = {name: width for own in ports for some in (own.inputs, own.targets) for name, width in some.items()}
+        return self.stream.batch_size * sum(widths.values())
 
     @property
     def reads(self) -> bool:

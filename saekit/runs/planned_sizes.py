@@ -146,7 +146,8 @@ class Sizes:
             self.facts["names"] = _listed(texts)
         self._merge({name: facts_of_mesh(one.job, mesh) for name, one in found.items()})
         largest = max(found.values(), key=lambda one: one.trained)
-        self.facts |= facts_of_layout(largest.job, self.world, len(self.here), len(self.members))
+        numbers = sum(lane.numbers for lane in self.lanes)
+        self.facts |= facts_of_layout(largest.job, self.world, numbers, len(self.here), len(self.members))
         if mesh.size > 1:
             sent = sum(one.job.sent_bytes(mesh) for one in found.values())
             self.numbers |= {"processes": mesh.size, "sent_bytes": sent}

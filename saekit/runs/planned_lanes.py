@@ -90,6 +90,12 @@ class PlannedLane:
         return self.counted.source.contexts * self.stream.rows_per_context(self.context_size)
 
     @property
+    def forwards_at_once(self) -> int:
+        """That its source makes before it waits: those that fill the buffer, and those that are made ahead."""
+        source = self.counted.source
+        return source.buffered + source.ahead * -(-self.stream.batch_size // max(self.rows_per_forward, 1))
+
+    @property
     def forwards_alike(self) -> object:
         """The same for lanes that share forwards of the model."""
         return self.counted.source.contexts if self.reads else id(self)

@@ -279,10 +279,7 @@ class Sizes:
         needing = [lane for lane in self.lanes if self._runs_model(lane)]
         if len(needing) < 2:
             return 0
-        contexts = max(
-            lane.counted.source.contexts * (lane.counted.source.buffered + lane.counted.source.ahead)
-            for lane in needing
-        )
+        contexts = max(lane.counted.source.contexts * lane.forwards_at_once for lane in needing)
         self.numbers["kept_bytes"] = kept = min(contexts * held_bytes(needing, self.backend), MOST_KEPT)
         return kept
 

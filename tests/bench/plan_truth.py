@@ -3,9 +3,9 @@
     python tests/bench/plan_truth.py [--only NAME ...] [--quick] [--trace]
 
 Of three shapes: that of GPT-2 small with TopK 768 -> 24576 (untrained), four layers of 512 with TopK 4096 (untrained),
-and the embedded model with a standard SAE of 1024 features; and four such SAEs in one sweep.  Plan and run are commands, each in its own process: times
-are from the start of the process on, and peaks are of all its memory, Python and libraries included.  ``--trace`` shows
-the run's memory over time.  Prints figures; it judges nothing.
+and the embedded model with a standard SAE of 1024 features; and four such SAEs in one sweep.  Plan and run are
+commands, each in its own process: times are from the start of the process on, and peaks are of all its memory, Python
+and libraries included.  ``--trace`` shows the run's memory over time.  Prints figures; it judges nothing.
 """
 
 from __future__ import annotations

@@ -25,7 +25,12 @@ def test_a_grid_is_planned_from_the_command_line(tmp_path: Path) -> None:
 
 def test_problems_of_a_grid_are_told_once(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text(saekit.dump_config(saekit.load_config(run_config(tmp_path / "runs"))))
-    grid = ("--grid", "model.dtype=float32,bfloat16", "--grid", "evals.run=[[], ['l0', 'saekit:l0']]")
+    grid = (
+        "--grid",
+        "model.dtype=float32,bfloat16",
+        "--grid",
+        "evals.run=[[], ['reconstruction', 'saekit:reconstruction']]",
+    )
     shown = cli("plan", "run.toml", *grid, "--no-load", cwd=tmp_path, check=2).stdout.splitlines()
     problems = [line for line in shown if line.startswith("problem: ")]
     assert len(problems) == 2, problems

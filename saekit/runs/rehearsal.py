@@ -279,12 +279,11 @@ def rehearsed(
     batches, as many are for these.
     """
     deadline, seconds = deadline or Deadline(), share * _SECONDS
-    trainers = [trainer, *(one for one, _ in beside)]
+    trainers, looks = [trainer, *(one for one, _ in beside)], [look, *(one for _, one in beside)]
     batch = _rows_of(trainers)
     n = len(begun := first.given())
     mixed = _buffer_for(begun, batch + forward) if forward else None
     source = rows if mixed else _Before(begun, rows)
-    looks = [look, *(one for _, one in beside)]
     turns = Rehearsal(source, trainers, deadline, mixed and mixed(), seconds=seconds, looks=looks)
     if turns.buffer is not None:
         turns.buffer.add(begun)
@@ -298,39 +297,31 @@ def rehearsed(
     del turns  # with its rows
     lates, shared = list(steps), alone
     least = 2 * (batch * per_row + sum(steps))  # seconds of two batches, and no fewer say anything
-    dying = [_let_die(one) for one in trainers] if deadline.left > least else []
-    if any(dying):
+    if deadline.left > least and any(dying := [_let_die(one) for one in trainers]):
         later = Rehearsal(rows, trainers, deadline, mixed and mixed(), seconds=seconds / 2)
         later.run()
-        found = [statistics.median(own[1:] or own or [step]) for own, step in zip(later.steps, steps, strict=True)]
-        lates = [late if dies else step for late, dies, step in zip(found, dying, steps, strict=True)]
+        lates = [_late(*one) for one in zip(later.steps, steps, dying, strict=True)]
         forwards += len(later.made)
         del later
-    unfinished = [one for one in trainers if not one.finished]
-    if ahead and mixed and unfinished and sum(steps) > 0 and deadline.left > least:
+    working = [late for late, one in zip(lates, trainers, strict=True) if not one.finished]
+    if ahead and mixed and sum(working) > 0 and deadline.left > least:
         with contextlib.closing(Prefetched[Batch](rows, -(-batch // forward))) as prefetched:
             both = Rehearsal(prefetched, trainers, deadline, mixed(), seconds=seconds / 2)
             both.run()
         forwards += len(both.made)
         if (number := len(both.given) - 1) > 0 and not both.cut:
-            working = sum(late for late, one in zip(lates, trainers, strict=True) if one in unfinished)
-            shared = part_added((both.given[-1] - both.given[0]) / number, working, per_row * batch)
+            shared = part_added((both.given[-1] - both.given[0]) / number, sum(working), per_row * batch)
     own, *others = (
         Stepped(step=step, late=late, cold=cold, steps=one.step)
         for step, late, cold, one in zip(steps, lates, colds, trainers, strict=True)
     )
-    return Rehearsed(
-        per_row=per_row,
-        step=own.step,
-        late=own.late,
-        cold=(cold_forward := max((first.per_row - per_row) * n, 0.0)) + own.cold,
-        cold_forward=cold_forward,
-        shared=shared,
-        forwards=forwards,
-        steps=own.steps,
-        held=held,
-        beside=others,
-    )
+    cold = max((first.per_row - per_row) * n, 0.0)
+    return Rehearsed.of(own, per_row=per_row, cold=cold, shared=shared, forwards=forwards, held=held, beside=others)
+
+
+def _late(later: Sequence[float], step: float, dies: bool) -> float:
+    """Seconds of a step when features are dead, where some are."""
+    return statistics.median(later[1:] or later or [step]) if dies else step
 
 
 def _usual(steps: Sequence[float], dead_after: int) -> float:

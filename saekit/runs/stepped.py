@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
@@ -48,6 +49,11 @@ class Rehearsed(Stepped):
     """Bytes of the rows that were mixed meanwhile."""
     beside: Sequence[Stepped] = ()
     """Of the SAEs that made their steps on the same batches."""
+
+    @classmethod
+    def of(cls, own: Stepped, *, cold: float, **found: Any) -> Rehearsed:
+        """Of steps of its ``own`` and a first forward that took ``cold`` seconds beyond the others."""
+        return cls(step=own.step, late=own.late, cold=own.cold + cold, steps=own.steps, cold_forward=cold, **found)
 
     @property
     def own(self) -> Stepped:

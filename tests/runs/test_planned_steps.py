@@ -223,7 +223,7 @@ def test_those_without_time_are_told_by_their_size() -> None:
     assert [kind.step for kind in kinds.all] == [1, 3]
     assert kinds.all[1].first_weights == 5, "which were made"
     assert kinds.timed_on(2, 1) == (
-        "5 steps of 1 of 2 SAEs; steps of 1 SAEs, for which there was no time, by how much they compute"
+        "5 steps of 1 of 2 SAEs; steps of 1 more, for which there was no time, by how much they compute"
     )
 
 

@@ -179,14 +179,11 @@ class _Planner:
                 return
             self.doubts(lanes, backend)
             found = self.sizes(self.members, lanes, corpus, backend)
-            tried = found is not None and fits and len(self.schedules) == len(self.members)
+            rows = all(lane.source is not None or lane.stream.has_model for lane in lanes)
+            whole = len(self.schedules) == len(self.members) and not any(one.refused for one in self.members)
             if found is not None and found.memory.lacking(self.free):
                 self.untimed("it does not fit")
-            elif (
-                tried
-                and not any(one.refused for one in self.members)
-                and (lanes[0].source is not None or lanes[0].stream.has_model)
-            ):
+            elif found is not None and fits and rows and whole:
                 say.line(f"counted so far: {self.plan().verdict}")
                 say("trying a few batches")
                 self.found.attempt(lambda: self.duration(lanes, corpus, backend))

@@ -32,11 +32,11 @@ class Batches:
 
     def note(self, lane: PlannedLane, found: Rehearsed) -> None:
         """What batches of ``lane`` took."""
-        self._found.setdefault(lane.forwards_alike, found)
+        self._found.setdefault(lane.timed_alike, found)
 
     def _of(self, lane: PlannedLane) -> Rehearsed:
         """As they were timed, or, where there was no time, those of another lane."""
-        if (own := self._found.get(lane.forwards_alike)) is not None:
+        if (own := self._found.get(lane.timed_alike)) is not None:
             return own
         return max(self._found.values(), key=lambda one: one.per_row)
 

@@ -100,6 +100,11 @@ class PlannedLane:
         """The same for lanes that share forwards of the model."""
         return self.counted.source.contexts if self.reads else id(self)
 
+    @property
+    def timed_alike(self) -> object:
+        """The same for lanes whose rows take as long."""
+        return (True, self.counted.source.contexts) if self.reads else (False, self.stream.batch_size)
+
     def count(self, processes: int) -> None:
         """Count its batches, each of which so many ``processes`` share."""
         source, self.counted = self.source, (counted := LaneSizes())
@@ -151,7 +156,7 @@ def open_lanes(
             doubt=lambda text, names=lane_names: doubt(text, names),  # type: ignore[misc]
         )
         if reader is not None:
-            reader.follow(lambda: 0)  # whoever is first finds the others still to come
+            reader.follow(lambda: 0)  # whoever is the first to take some tokens finds the others still to come
         lanes.append(PlannedLane(group, stream, corpus.context_size))
     return lanes
 

@@ -105,13 +105,13 @@ class Kinds:
             if (kind := self.of(member)) in self.all and not kind.trainers:
                 kinds.setdefault(id(kind), []).append(member)
         chosen = [member for own in kinds.values() for member in own[:_OF_EACH]]
-        if not chosen and lane.forwards_alike not in self._tried:
+        if not chosen and lane.timed_alike not in self._tried:
             chosen = [lane.members[0]]
         return chosen
 
     def note(self, lane: PlannedLane, found: Mapping[str, tuple[SAETrainer, float, Stepped]]) -> None:
         """What came of those of ``lane``, by name: with the seconds that their first weights took."""
-        self._tried[lane.forwards_alike] = None
+        self._tried[lane.timed_alike] = None
         for member in lane.members:
             if member.name in found:
                 kind, (trainer, weights, stepped) = self.of(member), found[member.name]

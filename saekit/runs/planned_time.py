@@ -91,7 +91,7 @@ class Times:
 
     @property
     def first(self) -> float:
-        """The end of the first step, from the beginning of the run."""
+        """The end of the first step of each SAE, from the beginning of the run."""
         return self.opening + self.filling + self.weights + self.cold + self.step
 
     @property

@@ -168,6 +168,38 @@ def test_a_list_of_one_is_planned_as_that_one(tmp_path: Path) -> None:
         saekit.plan([])
 
 
+def test_what_all_read_is_forwarded_at_once(truth: tuple[saekit.Plan, Seen, Sizes]) -> None:
+    counted = truth[2]
+    assert [site.hook_name for site in counted.reads_all().sites.all] == [
+        "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
+    ]  # fmt: skip
+    asked: list[set[str]] = []
+    shown = counted.backend.run
+
+    def run(tokens: torch.Tensor, **given: Any) -> Any:
+        asked.append(set(given["read"]))
+        return shown(tokens, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(counted.backend, "run", run)
+        for number, lane in enumerate(counted.lanes, 1):
+            lane.stream.backend.run(torch.full((2, 7), number), read={lane.stream.sites[0].hook_name})
+    assert asked == [{"blocks.0.hook_resid_post", "blocks.1.hook_resid_post"}] * 2
+
+
+def test_a_sweep_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = saekit.grid(run_config(tmp_path, checkpoints={"keep_last": 0}), {"sae.d_sae": [4096] * 20})
+    one, all_of_them = saekit.plan(given[:1], load=False), saekit.plan(given, load=False)
+    room = (one.numbers["memory_bytes"] + all_of_them.numbers["memory_bytes"]) / 2
+    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, room))
+    assert saekit.plan(given[:1], load=False).fits is True
+    found = saekit.plan(given)
+    assert found.fits is False
+    assert found.facts["duration"] == "not measured: it does not fit"
+    (warning,) = [text for text in found.warnings if "are needed on cpu" in text]
+    assert "train fewer at a time, have several processes train some each (distributed.saes)" in warning
+
+
 # ---- what could not be trained
 
 

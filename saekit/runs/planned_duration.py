@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import attrs
@@ -119,7 +120,7 @@ class TimedRun:
             if not chosen or (trials and deadline.passed):
                 continue
             trials.append(Trial(lane, self.plugins, self.world, self.corpus, self.backend))
-            found = self._rehearsed(trials, chosen, schedules, deadline, 1 / len(lanes))
+            found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / len(lanes))
             if found is None:
                 return
             kinds.note(lane, trials[-1].tried(found))
@@ -171,6 +172,7 @@ class TimedRun:
     def _rehearsed(
         self,
         trials: Sequence[Trial],
+        kinds: Kinds,
         chosen: Sequence[PlannedMember],
         schedules: Mapping[str, ComposedSchedule],
         deadline: Deadline,
@@ -183,7 +185,11 @@ class TimedRun:
         if begun is None:
             return None
         rows, first = begun
-        if self._tried(lambda: trial.begin(first, chosen, schedules), refuses=True) is None:
+
+        def about(member: PlannedMember) -> AbstractContextManager[None]:
+            return self.counted.findings.about([one.name for one in kinds.of(member).members])
+
+        if self._tried(lambda: trial.begin(first, chosen, schedules, about), refuses=True) is None:
             return None
         rehearsed = self._tried(lambda: resident_peak(lambda: trial.rehearse(rows, first, deadline, share)))
         if rehearsed is None:

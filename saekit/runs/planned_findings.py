@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 from saekit.data.faults import problems_of
@@ -13,6 +14,7 @@ __all__ = ["Findings", "of_all", "of_some"]
 
 _T = TypeVar("_T")
 _SHOWN = 3  # names, or kinds of what differs, that are told one by one
+_LONGEST = 40  # letters of a name that stands beside what is told of it
 _NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.]*\w)")
 """A number that is a word of its own, no part of a name."""
 
@@ -42,10 +44,15 @@ def of_all(texts: Mapping[str, str], names: Collection[str]) -> str:
         return next(iter(kinds))
     if len(kinds) > _SHOWN and (found := _from_to(list(kinds))) is not None:
         return found
-    told = [f"{text} ({own[0] if len(own) == 1 else f'{len(own)} SAEs'})" for text, own in kinds.items()]
+    told = [f"{text} ({_short(own[0]) if len(own) == 1 else f'{len(own)} SAEs'})" for text, own in kinds.items()]
     if len(told) > _SHOWN:
         told = [*told[: _SHOWN - 1], f"{len(told) - _SHOWN + 1} others"]
     return "; ".join(told)
+
+
+def _short(name: str) -> str:
+    """The beginning of a long name, which has its number."""
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 3]}..."
 
 
 def _from_to(texts: Sequence[str]) -> str | None:
@@ -65,6 +72,7 @@ class Findings:
         self.names = tuple(names)
         self._problems: dict[str, dict[str, None]] = {}
         self._doubts: dict[str, dict[str, None]] = {}
+        self._whose: dict[int, Collection[str]] = {}
 
     def attempt(self, work: Callable[[], _T], of: Collection[str] = ()) -> _T | None:
         """``work()``, which is for the SAEs ``of`` these names, by default all; None with its error among the
@@ -72,9 +80,19 @@ class Findings:
         try:
             return work()
         except SaekitError as error:
+            of = of or self._whose.pop(id(error), ())
             for path, message in problems_of(error):
                 self._note(self._problems, f"{path}: {message}" if path else message, of)
         return None
+
+    @contextlib.contextmanager
+    def about(self, names: Collection[str]) -> Iterator[None]:
+        """An error that is raised meanwhile, and comes to :meth:`attempt`, is a problem of the SAEs of these names."""
+        try:
+            yield
+        except SaekitError as error:
+            self._whose[id(error)] = names
+            raise
 
     def doubt(self, *texts: str, of: Collection[str] = ()) -> None:
         """What looks wrong, but would run."""

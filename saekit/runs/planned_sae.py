@@ -70,6 +70,16 @@ class SAESizes:
         return self.weights + (self.kept or 0)
 
     @property
+    def doubts(self) -> list[str]:
+        """What looks wrong with it, in words."""
+        found = []
+        if self.d_sae < self.d_in:
+            found.append(f"the SAE has fewer features ({self.d_sae}) than its input has dimensions ({self.d_in})")
+        if self.kept is None:
+            found.append("what the optimizer keeps is not known, and left out of memory and disk")
+        return found
+
+    @property
     def text(self) -> str:
         """In words."""
         return f"{self.d_sae:,} features, {self.parameters:,} parameters"

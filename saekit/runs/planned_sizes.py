@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import attrs
 import torch
@@ -73,13 +74,15 @@ class Sizes:
     def has_model(self) -> bool:
         return self.lanes[0].stream.has_model
 
-    def count(self) -> Sizes:
-        """All of it, for batches from the sources of the lanes."""
+    def count(self) -> Sizes | None:
+        """All of it, for batches from the sources of the lanes; None where an SAE cannot be made, which is among the
+        findings."""
         groups = self.world.saes.size
         self.here = here_of(self.members, groups) if groups > 1 else self.members
         for lane in self.lanes:
             lane.count(self.world.size)
-        self._count_saes()
+        if not self._count_saes():
+            return None
         own = [self.saes[member.name] for member in self.here]
         if all(one.kept is not None for one in self.saes.values()):
             self.numbers["optimizer_bytes"] = sum(one.kept or 0 for one in own)
@@ -110,26 +113,24 @@ class Sizes:
 
     # ---- the SAEs
 
-    def _count_saes(self) -> None:
-        """The sizes of each SAE, those of one kind once."""
-        kinds: dict[str, SAESizes] = {}
+    def _count_saes(self) -> bool:
+        """The sizes of each SAE, those of one kind once; whether all could be counted."""
+        kinds: dict[str, SAESizes | None] = {}
         for lane in self.lanes:
             shares = lane.source is not None and shares_rows(lane.source)
             for member in lane.members:
-                kind = f"{shares} {member.kind(self.plugins)}"
-                if kind not in kinds:
-                    size = self.corpus.context_size
-                    kinds[kind] = SAESizes.of(
-                        member, self.plugins, self.world, self.backend, size, self.free, shares=shares
-                    )
-                self.saes[member.name] = found = kinds[kind]
-                if found.d_sae < found.d_in:
-                    text = f"the SAE has fewer features ({found.d_sae}) than its input has dimensions ({found.d_in})"
-                    self.findings.doubt(text, of=[member.name])
-                if found.kept is None:
-                    text = "what the optimizer keeps is not known, and left out of memory and disk"
-                    self.findings.doubt(text, of=[member.name])
+                kind, size = f"{shares} {member.kind(self.plugins)}", self.corpus.context_size
+                if kinds.get(kind) is None:
+                    given = member, self.plugins, self.world, self.backend, size, self.free
+                    work = partial(SAESizes.of, *given, shares=shares)
+                    kinds[kind] = self.findings.attempt(work, of=[member.name])
+                if (found := kinds[kind]) is not None:
+                    self.saes[member.name] = found
+                    self.findings.doubt(*found.doubts, of=[member.name])
+        if len(self.saes) < len(self.members):
+            return False
         self._tell_of_saes()
+        return True
 
     def _tell_of_saes(self) -> None:
         found, mesh = self.saes, Mesh(self.world.data.size, self.world.features.size)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import attrs
@@ -51,15 +52,22 @@ class Trial:
     """What looks wrong, of which SAE."""
 
     def begin(
-        self, first: FirstRows, members: Sequence[PlannedMember], schedules: Mapping[str, ComposedSchedule]
+        self,
+        first: FirstRows,
+        members: Sequence[PlannedMember],
+        schedules: Mapping[str, ComposedSchedule],
+        about: Callable[[PlannedMember], AbstractContextManager[None]],
     ) -> list[SAETrainer]:
-        """SAEs in training with their first weights, which may look at the ``first`` rows."""
+        """SAEs in training with their first weights, which may look at the ``first`` rows.
+
+        ``about`` surrounds what is done for one of them.
+        """
         batch = first.batch
         assert batch is not None
         for member in members:
             config, clock, ports = in_step(member.config, self.world), Stopwatch(), member.ports
             assert ports is not None
-            with clock():
+            with about(member), clock():
                 trainer = make_trainer(
                     config,
                     self.plugins,

@@ -295,7 +295,13 @@ def test_findings_are_of_those_that_have_them() -> None:
     found.attempt(failing(("x.y", "is 3")), of=["b"])
     found.attempt(failing(("z", "is 4")))
     found.attempt(failing(("z", "is 4")), of=["b"])
+
+    def of_one() -> None:
+        with found.about(["c"]):
+            failing(("w", "is 5"))()
+
+    found.attempt(of_one)
     found.doubt("odd", of=["c"])
     found.doubt("all")
-    assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4"]
+    assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4", "c: w: is 5"]
     assert found.warnings == ["c: odd", "all"]

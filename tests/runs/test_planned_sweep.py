@@ -135,7 +135,7 @@ def test_what_is_shared_is_said_once(truth: tuple[saekit.Plan, Seen, Sizes]) -> 
     facts, names = truth[0].facts, truth[0].facts["names"].split(", ")
     assert names[1].endswith("_d_sae=12_l1_coefficient=0.3")
     assert facts["training"] == (
-        f"8 steps of 200 tokens, 1,500 in all (3 SAEs); 10 steps of 130 tokens, 1,300 in all ({names[3]})"
+        f"8 steps of 200 tokens, 1,500 in all (3 SAEs); 10 steps of 130 tokens, 1,300 in all ({names[3][:37]}...)"
     )
     assert facts["site"].count("; ") == 1
     assert facts["site"].count("(2 SAEs)") == 2
@@ -242,6 +242,14 @@ def test_each_mistake_is_said_once_and_of_whom(tmp_path: Path) -> None:
     ]
     (text,) = saekit.plan(everywhere, load=False).problems
     assert text.startswith("dataset.context_size: is 129"), "it is of all"
+
+
+def test_an_sae_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    named = {"checkpoints": {"folder": str(tmp_path), "name": "coder"}}
+    coder = {"inputs": [{"hook_name": "blocks.0.hook_resid_post"}], "targets": [{"hook_name": "blocks.1.hook_mlp_out"}]}
+    given = [run_config(tmp_path, checkpoints={"name": "sae"}), run_config(tmp_path) | named | coder]
+    (text,) = saekit.plan(given, load=False).problems
+    assert text.startswith("coder: sae.apply_b_dec_to_input: takes what is added to the targets from the inputs")
 
 
 def test_names_that_clash(tmp_path: Path) -> None:

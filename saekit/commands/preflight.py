@@ -130,9 +130,10 @@ def of_plan(
     dataset: object | None = None,
 ) -> tuple[Faults, list[str]]:
     """:func:`of_training` of one SAE or of several, and in words; what only some of several have says which."""
-    faults = of_training(configs, plugins, model, dataset, alone=len(configs) == 1)
     if len(configs) == 1:
+        faults = of_training(configs, plugins, model, dataset)
         return faults, faults.texts
+    faults = of_training(configs, plugins, model, dataset, alone=False)
     names, having = names_of(configs, plugins), dict[str, dict[str, None]]()
     for name, config in zip(names, configs, strict=True):
         own = _raised([*_members([config], plugins), *_starts([config])])

@@ -189,7 +189,7 @@ class TimedRun:
         def about(member: PlannedMember) -> AbstractContextManager[None]:
             return self.counted.findings.about([one.name for one in kinds.of(member).members])
 
-        if self._tried(lambda: trial.begin(first, chosen, schedules, about), refuses=True) is None:
+        if self._tried(lambda: trial.begin(first, chosen, schedules, about, deadline), refuses=True) is None:
             return None
         rehearsed = self._tried(lambda: resident_peak(lambda: trial.rehearse(rows, first, deadline, share)))
         if rehearsed is None:

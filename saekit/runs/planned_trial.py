@@ -57,14 +57,17 @@ class Trial:
         members: Sequence[PlannedMember],
         schedules: Mapping[str, ComposedSchedule],
         about: Callable[[PlannedMember], AbstractContextManager[None]],
+        deadline: Deadline,
     ) -> list[SAETrainer]:
         """SAEs in training with their first weights, which may look at the ``first`` rows.
 
-        ``about`` surrounds what is done for one of them.
+        ``about`` surrounds what is done for one of them.  After the ``deadline`` no further one is begun.
         """
         batch = first.batch
         assert batch is not None
         for member in members:
+            if self.trainers and deadline.passed:
+                break
             config, clock, ports = in_step(member.config, self.world), Stopwatch(), member.ports
             assert ports is not None
             with about(member), clock():

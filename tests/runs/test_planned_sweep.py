@@ -297,6 +297,17 @@ def test_evals_of_a_sweep_share_their_forwards(tmp_path: Path, monkeypatch: pyte
     assert found.numbers["eval_seconds"] == 400 + 5 + 100 + 5 + 2 * 200 + 5
 
 
+def test_when_the_time_is_over_no_further_sae_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_LIMIT", 0.0)
+    widths = [{"sae": {"d_sae": 12 * width}} for width in (2, 3)]
+    found = planned(configs(tmp_path, *widths))
+    assert (
+        " 1 of 6 SAEs; steps of 4 more, for which there was no time, by how much they compute"
+        in found.facts["duration"]
+    )
+    assert found.numbers["step_seconds"] > 0
+
+
 def test_other_threads_are_gone(tmp_path: Path) -> None:
     before = threading.active_count()
     state = torch.get_rng_state()

@@ -4,27 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import attrs
 import torch
 
 from saekit.abilities import HasMemory
 from saekit.ambient import ambient
-from saekit.config import SAEConfig, TrainConfig, TrainingConfig
-from saekit.data import Corpus, StreamContext
-from saekit.data.faults import problems_of
-from saekit.data.stream import probe
+from saekit.config import TrainConfig
+from saekit.data import Corpus
 from saekit.devices import resolve_device
-from saekit.errors import ModelError, SaekitError
+from saekit.errors import SaekitError
 from saekit.kernels.workspace import SHARED
-from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
-from saekit.plugins.building import blamed, outlined
+from saekit.kinds import ACTIVATION_SOURCES, SAE_ARCHITECTURES
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, ModelBackend
+from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
-from saekit.runs.counting import Counted
 from saekit.runs.doubts import doubts_of_order, doubts_of_start
 from saekit.runs.folder import check_run_folder
 from saekit.runs.opening import (
@@ -32,39 +28,38 @@ from saekit.runs.opening import (
     check_context_size,
     check_hooks,
     checked_ports,
-    open_source,
-    open_stream,
-    sites_option,
-    widths_of,
+    sites_by_option,
 )
 from saekit.runs.other_ways import SIZES_FACT
 from saekit.runs.parts import make_evals, make_schedule
 from saekit.runs.planned import Plan, cannot_run, in_order
 from saekit.runs.planned_duration import TimedRun
+from saekit.runs.planned_findings import Findings
+from saekit.runs.planned_lanes import PlannedLane, open_lanes
+from saekit.runs.planned_members import PlannedMember, training_doubts, training_text
 from saekit.runs.planned_memory import Verdict, free_disk, free_memory, process_text, verdict
 from saekit.runs.planned_mesh import planned_world
+from saekit.runs.planned_outline import of_outline, outlined_for
 from saekit.runs.planned_sizes import Sizes, devices_of
-from saekit.runs.planned_text import look_at_text, no_contexts
+from saekit.runs.planned_text import counted_unread, look_at_texts, no_contexts
 from saekit.runs.planned_time import Stopwatch
 from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
-from saekit.runs.supervised import SupervisedSource
+from saekit.runs.sweep import check_together, member_names
 from saekit.runs.working_memory import resident, resident_peak
 from saekit.status import Status
-from saekit.tokens import special_ids
 from saekit.values import Ports
 
 if TYPE_CHECKING:
     from saekit.protocols import Eval
-    from saekit.sae.module import SAEModule
+    from saekit.training.schedule import ComposedSchedule
 
 __all__ = ["look"]
 
-T = TypeVar("T")
-
 
 def look(
-    config: TrainConfig,
+    configs: Sequence[TrainConfig],
+    names: Sequence[str],
     plugins: PluginManager,
     model: object | None,
     dataset: object | None,
@@ -74,13 +69,14 @@ def look(
     before: float = 0.0,
     say: Status,
 ) -> Plan:
-    """The plan of a run whose text and model :mod:`saekit.commands.preflight` has found.
+    """The plan of a run of ``configs``, by the ``names`` of their SAEs, whose text and model
+    :mod:`saekit.commands.preflight` has found.
 
     Without ``load`` the model is only outlined, and nothing is timed.  ``measure``: other ways to run the model are
     timed, too.  ``before``: seconds that went by, as they do in a run, before this could be asked.  ``say`` is
     told of what is done, with a line of what is found before it is timed.
     """
-    planner = _Planner(config, plugins, measure=measure, opening=Stopwatch(before))
+    planner = _Planner(configs, names, plugins, measure=measure, opening=Stopwatch(before))
     try:
         with ambient():
             planner.look(model, dataset, load=load, say=say)
@@ -89,68 +85,47 @@ def look(
     return planner.plan()
 
 
-def _of_outline(config: TrainConfig, outline: ModelBackend) -> TrainConfig:
-    """``config``, with some id in the place of special tokens, which an outline has no tokenizer to tell.
-
-    No size depends on which they are.
-    """
-    if config.tokens.exclude_special_tokens is not True or special_ids(outline):
-        return config
-    return attrs.evolve(config, tokens=attrs.evolve(config.tokens, exclude_special_tokens=(0,)))
-
-
-def _reads(stream: StreamContext) -> bool:
-    """Whether a source has opened the text."""
-    return "contexts" in vars(stream) or "contexts" in vars(stream.own)
-
-
-def _counted_unread(config: TrainConfig, corpus: Corpus, stream: StreamContext) -> str:
-    """How many tokens count, as far as positions say it."""
-    counted = Counted(stream.rows_per_context(corpus.context_size), corpus.context_size)
-    by_text = stream.choice.exclude or config.tokens.mask_column is not None
-    return f"at most {counted}: how many, the text says, and it was not read" if by_text else str(counted)
-
-
 class _Planner:
-    def __init__(self, config: TrainConfig, plugins: PluginManager, *, measure: bool, opening: Stopwatch) -> None:
-        self.config, self.plugins, self.measure, self.opening = config, plugins, measure, opening
-        self.evals: Mapping[str, Eval] = {}
+    def __init__(
+        self,
+        configs: Sequence[TrainConfig],
+        names: Sequence[str],
+        plugins: PluginManager,
+        *,
+        measure: bool,
+        opening: Stopwatch,
+    ) -> None:
+        self.plugins, self.measure, self.opening = plugins, measure, opening
+        self.config = configs[0]
+        """For what all have in common."""
+        self.members = [
+            PlannedMember(name, config, plugins.options(SAE_ARCHITECTURES, config.sae))
+            for name, config in zip(names, configs, strict=True)
+        ]
+        self.configs = configs
+        self.found = Findings(names)
+        self.schedules: dict[str, ComposedSchedule] = {}
+        self.evals: dict[str, Mapping[str, Eval]] = {}
         self.libraries: float | None = None
         """Bytes that the process has beside the model."""
         self.peak: float | None = None  # the most that it has, as far as parts of the run were tried
-        self.options: SAEConfig = plugins.options(SAE_ARCHITECTURES, config.sae)
-        self.world = planned_world(config)
-        self.start: SAEModule | None = None
-        self.refused = self.passed = False
+        self.world = planned_world(self.config)
+        self.passed = False
         self.facts: dict[str, str] = {}
-        self.numbers: dict[str, float] = {}
-        self.problems: list[str] = []
-        self.warnings: list[str] = []
+        self.numbers: dict[str, float] = {} if len(configs) == 1 else {"saes": len(configs)}
         self.counted: Sizes | None = None
-        self.free = free_memory(devices_of(config, self.options))
+        devices = [device for member in self.members for device in devices_of(member.config, member.options)]
+        self.free = free_memory(list(dict.fromkeys(devices)))
         """Bytes on each device, before anything is loaded."""
         self.began = resident() or 0.0
         """Bytes that the process had then."""
         self.unmeasured = "the run could not be timed"
         """Why other ways to run the model are not."""
 
-    def attempt(self, work: Callable[[], T]) -> T | None:
-        """``work()``, or None with its error among the problems."""
-        try:
-            return work()
-        except SaekitError as error:
-            found = [f"{path}: {message}" if path else message for path, message in problems_of(error)]
-        self.problems += [problem for problem in found if problem not in self.problems]
-        return None
-
     def untimed(self, why: str) -> None:
         """What is not tried, and ``why``."""
         self.unmeasured = why
         self.facts["duration"] = f"not measured: {why}"
-
-    def doubt(self, *texts: str) -> None:
-        """Among the warnings, each once."""
-        self.warnings += [text for text in dict.fromkeys(texts) if text not in self.warnings]
 
     def plan(self) -> Plan:
         """What was found."""
@@ -170,20 +145,19 @@ class _Planner:
                 self.numbers["peak_bytes"] = self.libraries + needed["cpu"]
                 told = process_text(needed["cpu"], self.libraries) + self.counted.told_of_tokenizing()
                 self.facts["memory of the process"] = told
-        warnings = [*self.warnings, *found.warnings]
-        text = cannot_run(self.problems) or found.text
-        return Plan(in_order(self.facts), self.numbers, self.problems, warnings, text, found.fits)
+        problems, warnings = self.found.problems, [*self.found.warnings, *found.warnings]
+        text = cannot_run(problems) or found.text
+        return Plan(in_order(self.facts), self.numbers, problems, warnings, text, found.fits)
 
     def look(self, model: object | None, dataset: object | None, *, load: bool, say: Status) -> None:
         """Everything, as far as it can be reached."""
-        config, plugins = self.config, self.plugins
-        device = self.early(load=load)
-        schedule = self.attempt(lambda: make_schedule(config, plugins))
-        if schedule is not None and (remark := schedule.remark()) is not None:
-            self.warnings.append(remark)
-        mask = config.tokens.mask_column
-        corpus = self.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset, mask))
-        if model is None and corpus is not None and has_model(config, plugins):
+        self.early(load=load)
+        if not self.together():
+            self.untimed("these SAEs cannot be trained together")
+            return
+        config, mask = self.config, self.config.tokens.mask_column
+        corpus = self.found.attempt(lambda: Corpus.of(config.dataset, config.evals, dataset, mask))
+        if model is None and corpus is not None and has_model(config, self.plugins):
             self.count(corpus, told=not load)
         if not load or (self.counted is not None and self.counted.memory.lacking(self.free)):
             self.untimed("it does not fit" if load else "the model was not loaded")
@@ -191,44 +165,93 @@ class _Planner:
         backend = self.loaded(model)
         if corpus is None or backend is None:
             return
-        measured = functools.partial(corpus.held_out, backend, seed=0)
-        self.evals = self.attempt(lambda: make_evals(config, plugins, backend, measured, device or "cpu")) or {}
+        self.make_evals(corpus, backend)
         fits, there = self.fitting(backend, corpus)
         with self.opening():
-            stream = self.attempt(
-                lambda: open_stream(
-                    config, corpus, plugins, backend, config.sites.all, world=self.world, doubt=self.doubt
-                )
-            )
-            if stream is None:
+            lanes = self.found.attempt(lambda: self.open_lanes(self.members, corpus, backend))
+            if lanes is None:
                 return
-            source = self.attempt(lambda: open_source(config, plugins, stream)) if there else None
+            for lane in lanes if there else ():
+                lane.source = self.found.attempt(functools.partial(lane.opened, self.plugins), of=lane.names)
         try:
-            # A source that has not opened the text does without it, and evals may, too.
-            reads = source is None or _reads(stream)
-            if stream.has_model and (reads or config.evals.reads_text):
-                self.text(corpus, backend, stream, reads=reads)
-            ports = self.attempt(lambda: self.ports(source, stream)) if there else None
-            if ports is None:
+            self.texts(lanes, corpus, backend)
+            if not there or not self.ports(lanes, backend):
                 return
-            self.doubt(*doubts_of_order(backend, config.sites, stream.model_lock))
-            found = self.sizes(stream, corpus, ports, source)
-            tried = found is not None and schedule is not None and fits and not self.refused
+            self.doubts(lanes, backend)
+            found = self.sizes(self.members, lanes, corpus, backend)
+            rows = all(lane.source is not None or lane.stream.has_model for lane in lanes)
+            whole = len(self.schedules) == len(self.members) and not any(one.refused for one in self.members)
             if found is not None and found.memory.lacking(self.free):
                 self.untimed("it does not fit")
-            elif tried and (source is not None or stream.has_model):
+            elif found is not None and fits and rows and whole:
                 say.line(f"counted so far: {self.plan().verdict}")
                 say("trying a few batches")
-                self.attempt(lambda: self.duration(source, stream, corpus, backend, ports, schedule))
+                self.found.attempt(lambda: self.duration(lanes, corpus, backend))
         finally:
-            if source is not None:
-                source.close()
+            for lane in lanes:
+                if lane.source is not None:
+                    lane.source.close()
+
+    # ---- what needs neither the model nor the text
+
+    def early(self, *, load: bool) -> None:
+        """What configurations alone say, each for itself."""
+        whole = len(self.members) > 1
+        self.training()
+        self.found.attempt(lambda: self.check_folder(alone=not whole))
+        self.found.attempt(lambda: check_spreads(self.configs, self.world if whole else self.world.column))
+        for member in self.members:
+            self.early_of(member, load=load)
+
+    def together(self) -> bool:
+        """Whether they can share a run."""
+
+        def check() -> bool:
+            check_together(self.configs, self.plugins)
+            return True
+
+        return self.found.attempt(check) is not None
+
+    def check_folder(self, *, alone: bool) -> None:
+        """That a run folder of this name can be made, and folders of the SAEs in it."""
+        name = self.config.checkpoints.name if alone else member_names(self.configs, self.plugins)[0]
+        check_run_folder(self.config, name)
+
+    def early_of(self, member: PlannedMember, *, load: bool) -> None:
+        """What the configuration of one SAE says."""
+        config, plugins, own = member.config, self.plugins, [member.name]
+        attempt = functools.partial(self.found.attempt, of=own)
+        self.found.doubt(*training_doubts(config.training), of=own)
+        if load:  # else it may be planned for another machine
+            attempt(lambda: resolve_device(config.training.device, "training.device", member.options.dtype))
+        attempt(lambda: check_without_model(config, plugins))
+        attempt(lambda: chosen_trackers(config, plugins))
+        found = attempt(lambda: sae_options(config, plugins))
+        member.refused = found is None
+        if found is not None:
+            member.options, member.start = found
+            self.found.doubt(*doubts_of_start(config, member.start), of=own)
+        schedule = attempt(lambda: make_schedule(config, plugins))
+        if schedule is not None:
+            self.schedules[member.name] = schedule
+            if (remark := schedule.remark()) is not None:
+                self.found.doubt(remark, of=own)
+
+    def training(self) -> None:
+        """How long it trains."""
+        training = [member.config.training for member in self.members]
+        steps, tokens = max(one.steps for one in training), max(one.total_tokens for one in training)
+        self.numbers |= {"steps": steps, "training_tokens": tokens}
+        self.facts["training"] = training_text({one.name: one.config.training for one in self.members})
+
+    # ---- the model
 
     def loaded(self, model: object | None) -> ModelBackend | None:
         """The model, with the memory that loading it takes."""
         self.passed = model is not None
+        build = functools.partial(build_backend, self.config, self.plugins, model)
         with self.opening():
-            backend, peak = resident_peak(lambda: self.attempt(lambda: build_backend(self.config, self.plugins, model)))
+            backend, peak = resident_peak(lambda: self.found.attempt(build))
         now, own = resident(), 0
         if isinstance(backend, HasMemory) and torch.device(backend.device).type == "cpu":
             own = backend.memory_bytes()
@@ -238,163 +261,133 @@ class _Planner:
                 self.numbers["loading_bytes"] = max(peak - self.libraries, 0.0)
         return backend
 
-    def early(self, *, load: bool) -> str | None:
-        """What needs neither the model nor the text; gives the device, if it is there."""
-        config, plugins = self.config, self.plugins
-        self.training()
-        self.attempt(lambda: check_run_folder(config, config.checkpoints.name))
-        device = None
-        if load:  # else it may be planned for another machine
-            device = self.attempt(lambda: resolve_device(config.training.device, "training.device", self.options.dtype))
-        self.attempt(lambda: check_without_model(config, plugins))
-        self.attempt(lambda: check_spreads([config], self.world.column))
-        self.attempt(lambda: chosen_trackers(config, plugins))
-        found = self.attempt(lambda: sae_options(config, plugins))
-        self.refused = found is None
-        if found is not None:
-            self.options, self.start = found
-            self.doubt(*doubts_of_start(config, self.start))
-        return device
+    def make_evals(self, corpus: Corpus, backend: ModelBackend) -> None:
+        """What is measured of each SAE."""
+        for member in self.members:
+            config = member.config
+            held_out = functools.partial(attrs.evolve(corpus, evals=config.evals).held_out, backend, seed=0)
+            given = config, self.plugins, backend, held_out, self.device_of(member), member.name
+            made = self.found.attempt(functools.partial(make_evals, *given), of=[member.name])
+            self.evals[member.name] = made or {}
+
+    def device_of(self, member: PlannedMember) -> str:
+        """Where it trains, or the CPU where that is not there, which was said."""
+        with contextlib.suppress(SaekitError):
+            return resolve_device(member.config.training.device, "training.device", member.options.dtype)
+        return "cpu"
 
     def fitting(self, backend: ModelBackend, corpus: Corpus) -> tuple[bool, bool]:
         """Whether contexts are short enough for the model, and whether all the sites are there."""
         if not has_model(self.config, self.plugins):
             return True, True
-        sites = self.config.sites.all
-        self.attempt(lambda: check_context_size(backend, corpus.context_size))
-        self.attempt(lambda: check_hooks(backend, sites, sites_option(self.config)))
-        fits = backend.n_ctx is None or corpus.context_size <= backend.n_ctx
-        return fits, {site.hook_name for site in sites} <= set(backend.hook_names())
+        self.found.attempt(lambda: check_context_size(backend, corpus.context_size))
+        hooks, there = set(backend.hook_names()), True
+        for member in self.members:
+            ((option, sites),) = sites_by_option([member.config]).items()
+            self.found.attempt(functools.partial(check_hooks, backend, sites, option), of=[member.name])
+            there &= {site.hook_name for site in sites} <= hooks
+        return backend.n_ctx is None or corpus.context_size <= backend.n_ctx, there
 
-    def ports(self, source: SupervisedSource | None, stream: StreamContext) -> Ports:
-        """The widths of the sites; a stated one that is wrong is among the problems."""
-        widths = stream.widths if source is None else widths_of(source, stream)
-        sites, model = self.config.sites, stream.backend.name
-        self.attempt(lambda: checked_ports(widths, sites, self.options.d_in, model))
-        return Ports.of(sites, widths)
+    # ---- batches
 
-    def training(self) -> None:
-        """What the configuration alone says."""
-        training = self.config.training
-        self.numbers |= {"steps": training.steps, "training_tokens": training.total_tokens}
-        tuned = f", the last {training.finetuning_tokens:,} for fine-tuning" if training.finetuning_tokens else ""
-        self.facts["training"] = (
-            f"{training.steps:,} step{'s' * (training.steps != 1)} of {training.batch_text} tokens, "
-            f"{training.total_tokens:,} in all{tuned}"
-        )
-        if training.dead_after >= training.steps:
-            self.warnings.append(
-                f"training.dead_feature_window is {training.dead_after}, so in {training.steps} steps no "
-                "feature is ever counted as dead"
-            )
-        window = attrs.fields(TrainingConfig).feature_sampling_window.default  # for long runs: no fault of theirs
-        if training.feature_sampling_window > training.steps and training.feature_sampling_window != window:
-            self.warnings.append(
-                f"training.feature_sampling_window is {training.feature_sampling_window}, so in {training.steps} steps "
-                "no firing fractions are logged"
-            )
+    def open_lanes(self, members: Sequence[PlannedMember], corpus: Corpus, backend: ModelBackend) -> list[PlannedLane]:
+        """What batches come from, but for their sources."""
+        doubt = self.found.doubt
+        return open_lanes(members, self.plugins, corpus, backend, self.world, lambda text, names: doubt(text, of=names))
 
-    def text(self, corpus: Corpus, backend: ModelBackend, stream: StreamContext, *, reads: bool) -> None:
-        """The text, which training itself ``reads`` or only evals do, and what the model makes of it."""
-        with self.opening():  # as a run does
-            found = look_at_text(self.config, corpus, backend, self.attempt, stream, reads=reads)
-        self.facts |= found.facts
-        self.numbers |= found.numbers
-        self.doubt(*found.warnings)
+    def texts(self, lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend) -> None:
+        """The text, which training itself reads or only evals do, and what the model makes of it."""
+        # A source that has not opened the text does without it, and evals may, too.
+        some = any(lane.reads for lane in lanes) or any(one.config.evals.reads_text for one in self.members)
+        if lanes[0].stream.has_model and some:
+            with self.opening():  # as a run does
+                found = look_at_texts(lanes, corpus, backend, self.found)
+            self.facts |= found.facts
+            self.numbers |= found.numbers
+
+    def ports(self, lanes: Sequence[PlannedLane], backend: ModelBackend) -> bool:
+        """The widths of the sites of all SAEs, and whether they are known; a stated one that is wrong is among the
+        problems."""
+        known = True
+        for lane in lanes:
+            widths = self.found.attempt(lane.widths, of=lane.names)
+            for member in lane.members if widths is not None else ():
+                assert widths is not None
+                sites, d_in = member.config.sites, member.options.d_in
+                check = functools.partial(checked_ports, widths, sites, d_in, backend.name)
+                self.found.attempt(check, of=[member.name])
+                member.ports = Ports.of(sites, widths)
+            known &= widths is not None
+        return known
+
+    def doubts(self, lanes: Sequence[PlannedLane], backend: ModelBackend) -> None:
+        """What looks wrong with the order of sites."""
+        for sites in dict.fromkeys(config.sites for config in self.configs):
+            own = [member.name for member in self.members if member.config.sites == sites]
+            self.found.doubt(*doubts_of_order(backend, sites, lanes[0].stream.model_lock), of=own)
+
+    # ---- what it takes
 
     def sizes(
-        self,
-        stream: StreamContext,
-        corpus: Corpus,
-        ports: Ports,
-        source: ActivationSource | None,
-        config: TrainConfig | None = None,
+        self, members: Sequence[PlannedMember], lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend
     ) -> Sizes | None:
         """Widths, memory and disk; None where they cannot be counted."""
-        own = config or self.config
-        counted = Sizes(own, self.plugins, self.options, stream, corpus, ports, self.world, self.free, self.numbers)
-        if self.attempt(lambda: counted.count(source)) is None:
+        counted = Sizes(members, lanes, self.plugins, corpus, backend, self.found, self.world, self.free, self.numbers)
+        if self.found.attempt(counted.count) is None:
             return None
         self.numbers |= counted.numbers
         self.facts |= counted.facts
-        self.doubt(*counted.warnings)
         self.counted = counted
         return counted
-
-    def outlined(self) -> ModelBackend:
-        """The model without its weights; :class:`ModelError` where its backend cannot make one."""
-        chosen = self.plugins.bound(MODEL_BACKENDS, self.config.model.backend)
-        made: ModelBackend | None = outlined(chosen.item, chosen.options, model=self.config.model)
-        if made is None:
-            raise ModelError(f"the backend {chosen.key!r} cannot tell the sizes of a model before it is loaded")
-        sites = [site for site in self.config.sites.all if site.hook_name in made.hook_names()]
-        with blamed(chosen.item, "a forward of its outline"):  # of some models, shapes depend on numbers
-            probe(made, sites)
-        return made
 
     def count(self, corpus: Corpus, *, told: bool) -> None:
         """What can be told before the model is loaded and the text is opened; ``told``: why it cannot is a problem."""
         first, again = Stopwatch(), Stopwatch()
         try:
             with first():
-                outline = self.outlined()
+                outline = outlined_for(self.configs, self.plugins)
             with again():  # without what it imports, which a run does, too
-                self.outlined()
+                outlined_for(self.configs, self.plugins)
             self.opening.seconds += max(first.seconds - again.seconds, 0.0)
         except SaekitError:
             if told:
-                self.attempt(self.outlined)
+                self.found.attempt(lambda: outlined_for(self.configs, self.plugins))
             return  # to load it says what is wrong
         _, there = self.fitting(outline, corpus)
         if not there:
             return
-        config = _of_outline(self.config, outline)
-        stream = self.attempt(
-            lambda: open_stream(config, corpus, self.plugins, outline, config.sites.all, world=self.world)
-        )
-        if stream is None:
+        members = [attrs.evolve(one, config=of_outline(one.config, outline)) for one in self.members]
+        lanes = self.found.attempt(lambda: self.open_lanes(members, corpus, outline))
+        if lanes is None:
             return
-        if told and stream.has_model and not stream.counts_all:
-            self.facts["tokens"] = _counted_unread(config, corpus, stream)
-        stream.contexts = stream.own.contexts = no_contexts(outline, corpus)
-        source = None
-        if self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source).entry.needs_text:
-            with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
-                source = open_source(self.config, self.plugins, stream)
-        ports = self.attempt(lambda: self.ports(source, stream))
-        if ports is not None:
-            self.sizes(stream, corpus, ports, source, config)
-        if source is not None:
-            source.close()
+        if told and (text := counted_unread(lanes, corpus)):
+            self.facts["tokens"] = text
+        for lane in lanes:
+            lane.stream.contexts = lane.stream.own.contexts = no_contexts(outline, corpus)
+            if self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text:
+                with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
+                    lane.source = lane.opened(self.plugins)
+        if self.ports(lanes, outline):
+            self.sizes(members, lanes, corpus, outline)
+        for lane in lanes:
+            if lane.source is not None:
+                lane.source.close()
 
-    def duration(
-        self,
-        source: SupervisedSource | None,
-        stream: StreamContext,
-        corpus: Corpus,
-        backend: ModelBackend,
-        ports: Ports,
-        schedule: Any,
-    ) -> None:
+    def duration(self, lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend) -> None:
         """Seconds, from a few forwards (or reads), steps and contexts that are measured."""
         assert self.counted is not None
         timed = TimedRun(
-            self.config,
             self.plugins,
-            self.options,
             self.world,
-            stream,
             corpus,
             backend,
-            ports,
             self.counted,
             opening=self.opening.seconds,
-            start=self.start,
             alone=not self.passed,
             measure=self.measure,
         )
-        timed.time(source, schedule, self.evals, _reads(stream))
+        timed.time(lanes, self.schedules, self.evals, any(lane.reads for lane in lanes))
         self.peak = timed.peak
         self.numbers |= self.counted.numbers | timed.numbers
         self.facts |= self.counted.facts | timed.facts
-        self.doubt(*timed.warnings)
+        self.found.doubt(*timed.warnings)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 import attrs
 import torch
 
 from saekit.abilities import StatesForwards
-from saekit.config import SAEConfig, TrainConfig
-from saekit.data import Corpus, StreamContext
+from saekit.config import TrainConfig
+from saekit.data import Corpus
 from saekit.data.activations import is_out_of_memory
 from saekit.devices import free_memory
 from saekit.distributed.world import World
@@ -20,52 +22,50 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.other_backends import told_of_other_forwards, told_of_others
 from saekit.runs.other_ways import SIZES_FACT, told_of_ways
-from saekit.runs.planned_mesh import in_step
+from saekit.runs.planned_batches import Batches
+from saekit.runs.planned_findings import of_all
+from saekit.runs.planned_lanes import PlannedLane
+from saekit.runs.planned_members import PlannedMember
+from saekit.runs.planned_sae import training_device
 from saekit.runs.planned_sizes import Sizes
+from saekit.runs.planned_steps import Kinds
 from saekit.runs.planned_time import (
-    Served,
+    Measured,
     Stopwatch,
     Times,
     evals_of,
-    ran_ahead,
     timed_copy,
     timed_eval,
     timed_pictures,
     timed_writing,
 )
-from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, rehearsed
-from saekit.runs.setup import give_weights, make_trainer
+from saekit.runs.planned_trial import Trial
+from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage
+from saekit.runs.stepped import Rehearsed
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.working_memory import resident_peak
-from saekit.sae.module import SAEModule
-from saekit.training.trainer import SAETrainer
-from saekit.values import Histogram, Ports
+from saekit.site import Sites
+from saekit.training.schedule import ComposedSchedule
+from saekit.values import Histogram
 
 __all__ = ["TimedRun"]
 
 _T = TypeVar("_T")
 
 _UNSURE = 1.5  # as many times as long may a run take as is planned
-_MANY = 1.1  # as many forwards as training takes, to be worth a word
-_FIRINGS = 10.0  # of the average feature in the first step, for silence to mean something
 
 
 @attrs.define
 class TimedRun:
     """Times parts of a run, and puts them together."""
 
-    config: TrainConfig
     plugins: PluginManager
-    options: SAEConfig
     world: World
-    stream: StreamContext
     corpus: Corpus
     backend: ModelBackend
-    ports: Ports
     counted: Sizes
     opening: float = attrs.field(kw_only=True)
     """Seconds that it took to come here, as a run does."""
-    start: SAEModule | None = attrs.field(kw_only=True)
     alone: bool = attrs.field(kw_only=True)
     """Whether the model was loaded by its name, so that others can load it, too."""
     measure: bool = attrs.field(kw_only=True)
@@ -75,42 +75,62 @@ class TimedRun:
     warnings: list[str] = attrs.field(init=False, factory=list)
     peak: float | None = attrs.field(init=False, default=None)
     """The most bytes that the run's process has while it trains, measures and draws; None where that is not told."""
-    rows_missing: float = attrs.field(init=False, default=0.0)
-    """Bytes of the run's buffer that are not there while parts of it are tried."""
+    missing: float = attrs.field(init=False, default=0.0)
+    """Bytes on the CPU of the run's buffers and SAEs that are not there while parts of it are tried."""
     logged: Mapping[str, float | Histogram] = attrs.field(init=False, factory=dict)
-    """Metrics of the first step."""
+    """Metrics of a first step."""
     _full: bool = attrs.field(init=False, default=False)  # memory did not suffice to time it
 
-    def time(self, source: SupervisedSource | None, schedule: Any, evals: Mapping[str, Eval], reads: bool) -> None:
-        """All of it; the source ``reads`` the text, and so runs the model, or has what the model made."""
-        runs_model = source is None or reads
-        if self.options.d_in not in (None, self.ports.d_in):
-            self.facts["duration"] = "not measured: the SAE is not as wide as its activations"
-        else:
-            self._parts(source, schedule, evals, runs_model=runs_model)
-        if runs_model and not self._full:  # after all that a run does, whose memory is told by the peak of it
+    @property
+    def config(self) -> TrainConfig:
+        """For what all SAEs have in common."""
+        return self.counted.config
+
+    def time(
+        self,
+        lanes: Sequence[PlannedLane],
+        schedules: Mapping[str, ComposedSchedule],
+        evals: Mapping[str, Mapping[str, Eval]],
+        reads: bool,
+    ) -> None:
+        """All of it; ``schedules`` and ``evals`` are by the names of the SAEs.
+
+        ``reads``: whether a source reads the text, and so runs the model, or all have what the model made.
+        """
+        self._parts(lanes, schedules, evals)
+        if reads and not self._full:  # after all that a run does, whose memory is told by the peak of it
             self._others()
-        elif self.measure and not runs_model:
+        elif self.measure and not reads:
             self.facts[SIZES_FACT] = "not compared: the activations are there, and training runs no model"
 
     def _parts(
-        self, source: SupervisedSource | None, schedule: Any, evals: Mapping[str, Eval], *, runs_model: bool
+        self,
+        lanes: Sequence[PlannedLane],
+        schedules: Mapping[str, ComposedSchedule],
+        evals: Mapping[str, Mapping[str, Eval]],
     ) -> None:
         """What a run is made of, in its order; as far as it can be timed."""
-        deadline = Deadline()
-        begun = self._tried(lambda: self._first_rows(source, deadline, runs_model=runs_model))
-        if begun is None:
+        if not all(member.fits_ports for member in self.counted.members):
+            self.facts["duration"] = "not measured: the SAE is not as wide as its activations"
             return
-        rows, first = begun
-        made = self._tried(lambda: self._trainer(first, schedule), refuses=True)
-        if made is None:
+        deadline, kinds = Deadline(), Kinds(lanes, self.counted.here, self.plugins)
+        batches, trials = Batches(lanes, self.world), list[Trial]()
+        for lane in lanes:
+            chosen = kinds.to_try(lane)
+            if not chosen or (trials and deadline.passed):
+                continue
+            trials.append(Trial(lane, self.plugins, self.world, self.corpus, self.backend))
+            found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / len(lanes))
+            if found is None:
+                return
+            kinds.note(lane, trials[-1].tried(found))
+            batches.note(lane, found)
+        left = self._tried(kinds.estimate)
+        if left is None:
             return
-        trainer, weights = made
-        found = self._tried(lambda: self._rehearsed(rows, trainer, first, deadline, runs_model=runs_model))
-        if found is None:
-            return
-        evaluated, cold = self._measuring(trainer, evals, deadline)
-        self._put_together(found, weights, evaluated, cold, runs_model=runs_model)
+        self._tell_of_steps(kinds, trials)
+        measured = self._measuring(kinds, evals, deadline)
+        self._put_together(kinds, batches, measured, left)
 
     def _tried(self, work: Callable[[], _T], *, refuses: bool = False) -> _T | None:
         """``work()``, or None where it fails: that is a warning, since the run has what the plan may not.
@@ -132,15 +152,16 @@ class TimedRun:
             free_memory()
         return None
 
+    @staticmethod
     def _first_rows(
-        self, source: SupervisedSource | None, deadline: Deadline, *, runs_model: bool
+        lane: PlannedLane, source: SupervisedSource | None, deadline: Deadline, *, runs_model: bool
     ) -> tuple[Any, FirstRows]:
-        """Where rows come from, and the first of them."""
+        """Where rows of ``lane`` come from, and the first of them."""
         rows: Any = source
         if runs_model:  # a source that states no forwards may have read its text when it was opened
-            own = self.stream.own
+            own = lane.stream.own
             stream = own if source is None or isinstance(source, StatesForwards) else own.afresh()
-            rows = ForwardStage(stream, self.counted.source, deadline)
+            rows = ForwardStage(stream, lane.counted.source, deadline)
         seconds = Stopwatch()
         with seconds():
             batch = next(rows, None)
@@ -148,33 +169,86 @@ class TimedRun:
             raise DataError("there are no activations; is there any text?")
         return rows, FirstRows(seconds.seconds / len(batch), batch)
 
+    def _rehearsed(
+        self,
+        trials: Sequence[Trial],
+        kinds: Kinds,
+        chosen: Sequence[PlannedMember],
+        schedules: Mapping[str, ComposedSchedule],
+        deadline: Deadline,
+        share: float,
+    ) -> Rehearsed | None:
+        """A few batches of the last of ``trials`` for those that are ``chosen`` of its lane, as the loop makes them;
+        None: they cannot be timed."""
+        trial, lane = trials[-1], trials[-1].lane
+        begun = self._tried(lambda: self._first_rows(lane, lane.source, deadline, runs_model=lane.reads))
+        if begun is None:
+            return None
+        rows, first = begun
+
+        def about(member: PlannedMember) -> AbstractContextManager[None]:
+            return self.counted.findings.about([one.name for one in kinds.of(member).members])
+
+        if self._tried(lambda: trial.begin(first, chosen, schedules, about, deadline), refuses=True) is None:
+            return None
+        rehearsed = self._tried(lambda: resident_peak(lambda: trial.rehearse(rows, first, deadline, share)))
+        if rehearsed is None:
+            return None
+        found, peak = rehearsed
+        self.logged = self.logged or trial.logged
+        # What is mixed is less here than in the run, and SAEs are fewer.
+        there = {trainer.name for one in trials for trainer in one.trainers}
+        absent = [one for one in self.counted.here if one.name not in there]
+        buffers = sum(size for device, size in self.counted.buffers.items() if _on_cpu(device))
+        mixed = found.held if _on_cpu(self.counted.place_of(lane)) else 0
+        saes = sum(self.counted.saes[one.name].trained for one in absent if _on_cpu(training_device(one)))
+        self.missing = max(buffers - mixed, 0.0) + saes + self.counted.kept_on_cpu
+        self._note(peak)
+        return found
+
+    def _note(self, peak: float | None) -> None:
+        """``peak``: the most bytes that this process had while it did a part of a run, without what is missing."""
+        if peak is not None:
+            self.peak = max(self.peak or 0.0, peak + self.missing)
+
+    def _tell_of_steps(self, kinds: Kinds, trials: Sequence[Trial]) -> None:
+        """How steps are made, and what the first ones show."""
+        paths = {name: path for trial in trials for name, path in trial.paths.items()}
+        names = [member.name for member in self.counted.here]
+        told = {
+            member.name: paths[trainer.name]
+            for member in self.counted.here
+            for trainer in kinds.of(member).trainers[:1]
+        }
+        if told:
+            self.facts["SAE step"] = of_all(told, names)
+        texts = {name: text for trial in trials for name, text in trial.silent_texts.items()}
+        if texts:
+            self.numbers["silent_at_start"] = max(max(trial.silent.values(), default=0) for trial in trials)
+            self.facts["silent at start"] = of_all(texts, names if len(texts) == len(names) else texts)
+        for name, text in ((name, text) for trial in trials for name, text in trial.doubts):
+            self.warnings.append(text if len(self.counted.members) == 1 else f"{name}: {text}")
+
     def _put_together(
-        self, found: Rehearsed, weights: float, evaluated: float | None, cold: float, *, runs_model: bool
+        self, kinds: Kinds, batches: Batches, measured: tuple[float, float] | None, estimated: int
     ) -> None:
-        """``evaluated``: seconds of one measuring, and ``cold`` what the first takes beyond."""
-        training, size = self.config.training, self.world.size
-        batch = max(training.train_batch_size_tokens // size, 1)
-        served = Served(capacity=batch, forward=batch, ahead=False)
-        if runs_model:
-            source, forward = self.counted.source, self.counted.rows_per_forward()
-            served = Served(
-                capacity=forward * source.buffered, forward=forward, ahead=source.ahead, shared=found.shared,
-                needed=source.needed,
-            )  # fmt: skip
-            self._tell_of_forwards(served, batch)
-        mean_step = found.mean_step(training.steps, training.dead_after)
-        filling, waiting = ran_ahead(served, batch, training.steps, found.per_row, mean_step)
-        number = evals_of(self.config)
+        """``measured``: seconds of all evals, and of those before the last step; None where that is not known.  Of so
+        many SAEs steps are ``estimated``."""
+        steps = sum(kind.steps for kind in kinds.all)
+        filling, waiting = batches.seconds(steps)
+        told, numbers = batches.forwards_told()
+        self.facts |= told
+        self.numbers |= numbers
         times = Times(
             opening=self.opening,
             filling=filling,
-            weights=weights,
+            weights=sum(kind.first_weights for kind in kinds.all),
             forwards=waiting,
-            steps=mean_step * training.steps,
-            step=found.step,
-            cold=found.cold,
-            evals=None if evaluated is None else number * evaluated + cold,
-            evals_before=0.0 if not evaluated or number < 2 else (number - 1) * evaluated + cold,
+            steps=steps,
+            step=sum(kind.step for kind in kinds.all),
+            cold=batches.cold + sum(kind.cold for kind in kinds.all),
+            evals=None if measured is None else measured[0],
+            evals_before=0.0 if measured is None else measured[1],
             saving=self._saving(),
             pictures=self._pictures(),
         )
@@ -183,12 +257,12 @@ class TimedRun:
             self.counted.forget_copies()
         times = attrs.evolve(times, copies=copies * timed_copy(self.counted.numbers.get("checkpoint_bytes", 0.0)))
         self.numbers |= times.numbers()
-        if runs_model:
-            self.counted.time_recipe(found.per_row)
-        what = "the model" if runs_model else "reading activations"
-        made = "forwards" if runs_model else "reads"
-        on = f"timed on {found.forwards:,} {made} and {found.steps:,} step{'s' * (found.steps != 1)}"
-        self.facts["duration"] = times.text(what, messages=size > 1, on=on)
+        if (per_row := batches.per_model_row) is not None:
+            self.counted.time_recipe(per_row)
+        what = "reading activations" if per_row is None else "the model"
+        on = f"timed on {batches.timed_on} and {kinds.timed_on(len(self.counted.here), estimated)}"
+        several = len(self.counted.members) > 1
+        self.facts["duration"] = times.text(what, messages=self.world.size > 1, on=on, several=several)
 
     def _copies(self, seconds: float) -> int:
         """How many checkpoints may come before the last step, of a run whose steps end after about so many seconds."""
@@ -197,77 +271,18 @@ class TimedRun:
         by_clock = int(_UNSURE * seconds / every) if chosen.keep_last and every > 0 else 0
         return chosen.n_checkpoints + by_clock
 
-    def _tell_of_forwards(self, served: Served, batch: int) -> None:
-        """How many there are, and how not to make those that training does not take, where that is many."""
-        steps, line = self.config.training.steps, self.counted.source.needed_line
-        self.numbers["forwards"] = made = served.forwards(batch, steps)
-        needed = attrs.evolve(served, needed=True).forwards(batch, steps)
-        self.facts["forwards"] = f"{made:,} of {served.forward:,} activations"
-        if line and made > _MANY * needed:
-            self.facts["forwards"] += (
-                f"; training takes those of {needed:,}, and the buffer is full when it ends. Without the others: write "
-                f"{line}; the last batches are others then, drawn from fewer activations"
-            )
-
-    def _trainer(self, first: FirstRows, schedule: Any) -> tuple[SAETrainer, float]:
-        """An SAE in training, with its first weights, and how many seconds that takes."""
-        config, clock = in_step(self.config, self.world), Stopwatch()
-        with clock():
-            trainer = make_trainer(
-                config,
-                self.plugins,
-                self.backend,
-                self.corpus,
-                self.options,
-                self.ports,
-                schedule,
-                world=self.world.column,
-            ).in_turns(self.stream.model_lock)  # as in a run, where forwards and steps of another precision take turns
-            batch = first.batch
-            assert batch is not None
-            give_weights(trainer, config, self.corpus, lambda: batch.activations, self.start)
-        self.facts["SAE step"] = trainer.step_path()
-        return trainer, clock.seconds
-
-    def _rehearsed(
-        self, rows: Any, trainer: SAETrainer, first: FirstRows, deadline: Deadline, *, runs_model: bool
-    ) -> Rehearsed:
-        """A few batches, as the loop makes them."""
-
-        def look(metrics: Mapping[str, float | Histogram]) -> None:
-            self.logged = metrics
-            if self.world.features.size == 1:  # of a part, nothing is known of the whole
-                self._first_step(trainer, metrics)
-
-        beside = torch.device(self.backend.device) != torch.device(trainer.device)  # and so nothing is shared
-        found, peak = resident_peak(
-            lambda: rehearsed(
-                rows,
-                trainer,
-                first,
-                forward=self.counted.rows_per_forward() if runs_model else 0,
-                ahead=runs_model and self.counted.source.ahead,
-                alone=0.0 if beside else 1.0,
-                look=look,
-                deadline=deadline,
-            )
-        )
-        if torch.device(self.counted.buffer_device).type == "cpu":  # what is mixed is less here than in the run
-            self.rows_missing = max(self.counted.numbers.get("buffer_bytes", 0.0) - found.held, 0.0)
-        self._note(peak)
-        return found
-
-    def _note(self, peak: float | None) -> None:
-        """``peak``: the most bytes that this process had while it did a part of a run, without all of the buffer."""
-        if peak is not None:
-            self.peak = max(self.peak or 0.0, peak + self.rows_missing)
-
     def _pictures(self) -> float | None:
         """Seconds to draw them; None where that cannot be told."""
         if not self.config.reports.pictures or not self.world.main:
             return 0.0
+
+        def draw() -> tuple[float, float | None]:
+            return resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+
         try:
-            seconds, peak = resident_peak(lambda: timed_pictures(self.config, self.plugins, self.logged))
+            seconds, peak = draw()
+            if (saes := len(self.counted.members)) > 1:  # the first imports what draws; of a sweep, there is one more
+                seconds += saes * draw()[0]
         except (OSError, SaekitError) as error:  # as where no temporary folder can be written
             self.warnings.append(f"pictures could not be timed: {reason(error)}")
             return None
@@ -275,38 +290,62 @@ class TimedRun:
         return seconds
 
     def _measuring(
-        self, trainer: SAETrainer, evals: Mapping[str, Eval], deadline: Deadline
-    ) -> tuple[float | None, float]:
-        """Seconds of one measuring, None where that cannot be told; and what the first takes beyond that."""
-        if not evals_of(self.config):
-            return 0.0, 0.0
-        if self.world.size > 1 or not evals:
-            return None, 0.0
-        contexts = self.corpus.held_out(self.backend, seed=0) if self.config.evals.reads_text else None
-        with self.stream.model_lock:
+        self, kinds: Kinds, evals: Mapping[str, Mapping[str, Eval]], deadline: Deadline
+    ) -> tuple[float, float] | None:
+        """Seconds of all measurings, and of those before the last step; None where that cannot be told.
+
+        SAEs that are measured on the same contexts at the same steps share forwards.
+        """
+        groups: dict[object, list[PlannedMember]] = {}
+        for member in self.counted.here:
+            own = member.config.evals
+            if evals_of(member.config):
+                key = own.n_contexts, member.config.training.seed, member.config.tokens, own.every_n_steps
+                groups.setdefault((*key, member.config.training.steps), []).append(member)
+        known: dict[object, tuple[float, float]] = {}
+        whole = before = 0.0
+        for group in groups.values():
+            if self.world.size > 1 or not all(evals[member.name] for member in group):
+                return None
+            alike = frozenset(Counter(kinds.all.index(kinds.of(member)) for member in group).items())
+            same, cold = (group[0].config.evals.n_contexts, alike), 0.0
+            if same not in known:
+                found = self._measured(group, kinds, evals, deadline)
+                if found is None:
+                    return None
+                known[same], cold = found, found[1]
+            number, seconds = evals_of(group[0].config), known[same][0]
+            whole += number * seconds + cold
+            before += (number - 1) * seconds + cold if seconds and number > 1 else 0.0
+        return whole, before
+
+    def _measured(
+        self,
+        group: Sequence[PlannedMember],
+        kinds: Kinds,
+        evals: Mapping[str, Mapping[str, Eval]],
+        deadline: Deadline,
+    ) -> tuple[float, float] | None:
+        """Seconds of one measuring of all of ``group``, and what the first takes beyond."""
+        asked: list[Measured] = [
+            (trainer, _sites_for(member, trainer.sites), evals[member.name])
+            for member in group
+            for trainer in kinds.of(member).trainers[:1]
+        ]
+        if not asked:
+            return None
+        config, (trainer, _, own) = group[0].config, asked[0]
+        corpus = attrs.evolve(self.corpus, evals=config.evals)
+        contexts = corpus.held_out(self.backend, seed=0) if config.evals.reads_text else None
+        given = config, trainer, self.backend, own, contexts, deadline.left, asked[1:]
+        with self.counted.lanes[0].stream.model_lock:
             try:
-                found, peak = resident_peak(
-                    lambda: timed_eval(self.config, trainer, self.backend, evals, contexts, deadline.left)
-                )
+                (seconds, cold), peak = resident_peak(lambda: timed_eval(*given))
             except Exception as error:  # evals of plugins raise what they like, and the run itself goes on without
                 self.warnings.append(f"evals could not be timed: {reason(error)}")
-                return None, 0.0
+                return None
         self._note(peak)
-        return found
-
-    def _first_step(self, trainer: SAETrainer, metrics: Mapping[str, float | Histogram]) -> None:
-        """The features that no activation makes fire before anything is learned."""
-        silent = int((trainer.firing.since_fired > 0).sum())
-        d_sae, n = trainer.sae.d_sae, trainer.tokens
-        share = float(metrics["metrics/l0"]) * n / d_sae  # type: ignore[arg-type]  # how often the average one fires
-        self.numbers["silent_at_start"] = silent
-        self.facts["silent at start"] = f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens"
-        if silent > d_sae / 2 and share > _FIRINGS:  # with fewer, chance alone leaves many out
-            self.warnings.append(
-                f"{silent:,} of {d_sae:,} features fire on none of the first {n:,} tokens, though a feature fires "
-                f"{share:,.0f} times on average; many may stay dead. Start b_dec at the mean of activations "
-                "(sae.b_dec_init_method=mean), or choose fewer features"
-            )
+        return seconds * len(group) / len(asked), cold
 
     def _saving(self) -> float:
         """Seconds that are waited for the disk at the end; checkpoints before that are written behind the loop."""
@@ -315,25 +354,30 @@ class TimedRun:
 
     def _others(self) -> None:
         """Other ways of this backend, and other backends of the same model."""
-        rows = self.stream.rows_per_context(self.corpus.context_size)
-        own = max(self.counted.rows_per_forward() // rows, 1)
+        lane = next(lane for lane in self.counted.lanes if lane.reads)
+        config, lock = self.counted.reads_all(), lane.stream.model_lock
+        rows = lane.stream.rows_per_context(self.corpus.context_size)
+        own = max(lane.rows_per_forward // rows, 1)
         tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(8).tokens)
-        with self.stream.model_lock:
-            if found := told_of_other_forwards(self.config, self.backend, tokens[:own]):
+        with lock:
+            if found := told_of_other_forwards(config, self.backend, tokens[:own]):
                 self.facts["other forwards"] = "; ".join(found)
-        if self.alone and (found := told_of_others(self.config, self.plugins, self.backend, tokens)):
+        if self.alone and (found := told_of_others(config, self.plugins, self.backend, tokens)):
             self.facts["other backends"] = "; ".join(found)
         if self.measure:
             tokens = torch.from_numpy(self.corpus.contexts(self.backend).take(4 * own).tokens)
-            size = self.counted.numbers.get("forward_bytes", 0.0)
-            with self.stream.model_lock:
+            size, source = self.counted.numbers.get("forward_bytes", 0.0), lane.counted.source
+            with lock:
                 self.facts |= told_of_ways(
-                    self.config,
-                    self.plugins,
-                    self.backend,
-                    tokens,
-                    size,
-                    self.counted.source,
-                    rows=rows,
-                    alone=self.alone,
+                    config, self.plugins, self.backend, tokens, size, source, rows=rows, alone=self.alone
                 )
+
+
+def _sites_for(member: PlannedMember, tried: Sites) -> Sites:
+    """Where an SAE at the sites that were ``tried`` stands for ``member``: at its own, where each has one."""
+    own = member.config.sites
+    return own if len(own.inputs) == len(own.targets) == 1 else tried
+
+
+def _on_cpu(device: str) -> bool:
+    return torch.device(device).type == "cpu"

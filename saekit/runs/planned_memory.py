@@ -34,7 +34,9 @@ class Of(StrEnum):
 
     MODEL = "the model"
     SAE = "the SAE in training"
+    SAES = "the SAEs in training"
     BUFFER = "the buffer of activations"
+    KEPT = "forwards that wait for other SAEs"
     FORWARD = "running the model"
     STEP = "a training step"
     EVALS = "evals"
@@ -49,7 +51,11 @@ class Of(StrEnum):
 _LESS = {
     Of.MODEL: "choose model.dtype=bfloat16, or a smaller model",
     Of.SAE: "choose fewer features (sae.d_sae)",
+    Of.SAES: "train fewer at a time, have several processes train some each (distributed.saes), or choose fewer "
+    "features",
     Of.BUFFER: "lower activations.source.n_batches_in_buffer",
+    Of.KEPT: "give SAEs the same seed, batch size and activations.source, so that they share batches, or lower "
+    "activations.source.n_batches_in_buffer",
     Of.FORWARD: "lower activations.source.store_batch_size_prompts",
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",

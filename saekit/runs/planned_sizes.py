@@ -2,57 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import attrs
 import torch
 
-from saekit.abilities import HasMemory, KeepsRecipe, SourceForwards, StatesForwards
+from saekit.abilities import HasMemory
 from saekit.config import SAEConfig, TrainConfig
-from saekit.data import Corpus, StreamContext
-from saekit.devices import resolve_device
+from saekit.data import Corpus
+from saekit.data.shared import MOST_KEPT
 from saekit.distributed.batches import shares_rows
 from saekit.distributed.costs import Mesh
 from saekit.distributed.world import ALONE, World
-from saekit.errors import ConfigError, SaekitError
-from saekit.evals.forwards import logit_contexts
-from saekit.kinds import ACTIVATION_SOURCES, EVALS, SAE_ARCHITECTURES
+from saekit.errors import SaekitError
+from saekit.kinds import ACTIVATION_SOURCES, EVALS
 from saekit.plugins.manager import PluginManager
-from saekit.protocols import ActivationSource, ModelBackend
+from saekit.protocols import ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
-from saekit.runs.parts import moment_bytes, updates_numbers
 from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
-from saekit.runs.planned_memory import Memory, Need, Of, eval_bytes, free_disk
-from saekit.runs.planned_mesh import advice, facts_of_layout, facts_of_mesh
-from saekit.runs.planned_step import job_of
-from saekit.runs.spreading import spread
-from saekit.runs.timing import bytes_text, duration_text
+from saekit.runs.planned_findings import Findings, of_all
+from saekit.runs.planned_lanes import PlannedLane, held_bytes, recipe_seconds, recipe_text
+from saekit.runs.planned_members import PlannedMember, here_of, longest_of
+from saekit.runs.planned_memory import Memory, Need, Of, free_disk
+from saekit.runs.planned_mesh import facts_of_layout, facts_of_mesh
+from saekit.runs.planned_sae import SAESizes, device_of, eval_prompts, site_facts, training_device
+from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
-from saekit.sae.build import build_module
-from saekit.sae.init import starts_by_parts
-from saekit.sae.module import SAEModule
-from saekit.values import Ports
+from saekit.site import Site
 
 __all__ = ["Sizes", "devices_of"]
 
 _TOKENIZING = 71e6
 """Bytes of a process that tokenizes: as measured with a tokenizer of 50,000 tokens on Linux."""
-_PROMPTS = 16  # contexts in one forward of an eval that does not say how many it takes
 
 
 @attrs.define
 class Sizes:
-    """What a run takes, and of what."""
+    """What a run of ``members`` takes, and of what; of many processes, what one of them does."""
 
-    config: TrainConfig
+    members: Sequence[PlannedMember]
+    lanes: Sequence[PlannedLane]
     plugins: PluginManager
-    options: SAEConfig
-    stream: StreamContext
     corpus: Corpus
-    ports: Ports
+    backend: ModelBackend
+    findings: Findings
     world: World = ALONE
-    """The processes that it is for; what is counted is of one of them."""
     free: Mapping[str, float] = attrs.field(factory=dict)
     """Bytes on each device, for advice."""
     known: Mapping[str, float] = attrs.field(factory=dict)
@@ -61,145 +57,139 @@ class Sizes:
     """In words."""
     numbers: dict[str, float] = attrs.field(factory=dict)
     """Bytes and widths."""
-    warnings: list[str] = attrs.field(factory=list)
     memory: Memory = attrs.field(init=False)
     disk: float = 0
     """Bytes that the run folder grows to."""
-    saved: float = 0
-    """Bytes of an SAE as it is saved."""
-    source: SourceForwards = attrs.field(factory=SourceForwards)
-    """How the source runs the model."""
-    _step_bytes: int = attrs.field(default=0, init=False)
+    saes: dict[str, SAESizes] = attrs.field(factory=dict)
+    """Of each SAE, by its name."""
+    here: Sequence[PlannedMember] = attrs.field(init=False)
+    """The SAEs that one process trains: all, but where they are laid out over processes."""
 
     @property
-    def backend(self) -> ModelBackend:
-        return self.stream.backend
+    def config(self) -> TrainConfig:
+        """For what all have in common."""
+        return self.members[0].config
 
-    def count(self, source: ActivationSource | None) -> Sizes:
-        """All of it, for batches from ``source``, if it could be opened."""
-        if isinstance(source, StatesForwards):
-            self.source = source.source_forwards
-        item = self.plugins.find(SAE_ARCHITECTURES, self.config.sae)
-        # Memory is taken as it is written to, so this takes none.
-        sae = build_module(item, self.options, self.ports, self.plugins)
-        weights, saved = self._sae(sae)
-        self.saved = saved
-        whole = weights if self.world.features.size > 1 else 0
-        drawn = whole if self.options.decoder_orthogonal_init or not starts_by_parts(sae.table) else 0
-        kept = moment_bytes(self.config, self.plugins, sae)
-        if kept is None:
-            self.warnings.append("what the optimizer keeps is not known, and left out of memory and disk")
-        self._arrange(sae, kept, source)
-        written = kept  # by all processes with the same features
-        if (world := self.world.column).size > 1:  # from here on, what one process has
-            sae.to("meta")
-            spread(sae, world)
-            weights, written = self._weights(sae)[0], kept and moment_bytes(self.config, self.plugins, sae)
-            kept = kept and moment_bytes(self.config, self.plugins, sae, world.data)
-        if kept is not None:
-            self.numbers["optimizer_bytes"] = kept
-        self.numbers["sae_bytes"] = trained = 2 * weights + (kept or 0)
-        buffer = self._buffer(source)
-        trained_state, waiting = weights + (kept or 0), self._waiting(source, buffer)
-        together = world.features.size * (weights + (written or 0)) + world.size * waiting
-        checkpoint = self._checkpoints(saved, trained_state + waiting, together)
-        if not checkpoint and self.config.checkpoints.n_checkpoints:
+    @property
+    def has_model(self) -> bool:
+        return self.lanes[0].stream.has_model
+
+    def count(self) -> Sizes | None:
+        """All of it, for batches from the sources of the lanes; None where an SAE cannot be made, which is among the
+        findings."""
+        groups = self.world.saes.size
+        self.here = here_of(self.members, groups) if groups > 1 else self.members
+        for lane in self.lanes:
+            lane.count(self.world.size)
+        if not self._count_saes():
+            return None
+        own = [self.saes[member.name] for member in self.here]
+        if all(one.kept is not None for one in self.saes.values()):
+            self.numbers["optimizer_bytes"] = sum(one.kept or 0 for one in own)
+        self.numbers["sae_bytes"] = sum(one.trained for one in own)
+        if buffer := sum(lane.counted.buffer for lane in self.lanes):
+            self.numbers["buffer_bytes"] = buffer
+        waiting = sum(lane.counted.waiting for lane in self.lanes)
+        self._tell_of_recipes()
+        saved, state = sum(one.saved for one in own), sum(one.state for one in own) + waiting
+        together = sum(one.written for one in self.saes.values()) + self.world.column.size * waiting
+        checkpoint = self._checkpoints(state, together)
+        chosen = self.config.checkpoints
+        if not checkpoint and chosen.n_checkpoints:
             checkpoint = saved  # to look at
-        kept_last = self.config.checkpoints.keep_last > 0
-        ending = saved + (0 if not kept_last or self.config.checkpoints.buffer == "recipe" else waiting)
-        self._memory(sae, trained, buffer, checkpoint, ending, whole, drawn)
-        if self.stream.has_model:
+        ending = saved + (0 if not chosen.keep_last or chosen.buffer == "recipe" else waiting)
+        self._memory(own, checkpoint, ending)
+        if self.has_model:
             try:
                 self._cache()
             except SaekitError as error:  # training does without
-                self.warnings.append(f"`saekit cache` could not write a cache for this run: {error}")
+                self.findings.doubt(f"`saekit cache` could not write a cache for this run: {error}")
         return self
 
-    def _sae(self, sae: SAEModule) -> tuple[int, int]:
-        """The bytes of its weights, in training and as they are saved."""
-        d_sae, ports, parameters = sae.d_sae, self.ports, sae.table.count()
-        weights, saved = self._weights(sae)
-        self.numbers |= {"d_in": ports.d_in, "d_sae": d_sae}
-        self._sites()
-        self.facts["SAE"] = f"{d_sae:,} features, {parameters:,} parameters"
-        if d_sae < ports.d_in:
-            self.warnings.append(f"the SAE has fewer features ({d_sae}) than its input has dimensions ({ports.d_in})")
-        return weights, saved + 4 * d_sae
+    @property
+    def saved(self) -> float:
+        """Bytes of all SAEs as they are saved."""
+        return sum(one.saved for one in self.saes.values())
 
-    def _weights(self, sae: SAEModule) -> tuple[int, int]:
-        """The bytes of the weights of ``sae``, in training and as they are saved."""
-        dtype = getattr(torch, self.options.dtype)
-        saved = sae.table.count(lambda entry: entry.dtype(dtype).itemsize)
-        return max(saved, sae.table.count() * torch.float32.itemsize), saved  # bfloat16 trains in float32
+    # ---- the SAEs
 
-    def _arrange(self, sae: SAEModule, kept: int | None, source: ActivationSource | None) -> None:
-        """How processes are arranged, what each of them sends, and which arrangement is best."""
-        mesh = Mesh(self.world.data.size, self.world.features.size)
-        shares = source is not None and shares_rows(source)
-        by_numbers = kept is not None and updates_numbers(self.config, self.plugins, sae)
-        device = _device(self.config.training.device, self.options.dtype)
-        job = job_of(sae, self.config.training, device, kept, mesh=mesh, gathers_rows=shares, elementwise=by_numbers)
-        self._step_bytes = int(job.step_bytes(mesh))
-        self.facts |= facts_of_mesh(job, mesh) | facts_of_layout(job, self.world)
+    def _count_saes(self) -> bool:
+        """The sizes of each SAE, those of one kind once; whether all could be counted."""
+        kinds: dict[str, SAESizes | None] = {}
+        for lane in self.lanes:
+            shares = lane.source is not None and shares_rows(lane.source)
+            for member in lane.members:
+                kind, size = f"{shares} {member.kind(self.plugins)}", self.corpus.context_size
+                if kinds.get(kind) is None:
+                    given = member, self.plugins, self.world, self.backend, size, self.free
+                    work = partial(SAESizes.of, *given, shares=shares)
+                    kinds[kind] = self.findings.attempt(work, of=[member.name])
+                if (found := kinds[kind]) is not None:
+                    self.saes[member.name] = found
+                    self.findings.doubt(*found.doubts, of=[member.name])
+        if len(self.saes) < len(self.members):
+            return False
+        self._tell_of_saes()
+        return True
+
+    def _tell_of_saes(self) -> None:
+        found, mesh = self.saes, Mesh(self.world.data.size, self.world.features.size)
+        self.numbers |= {name: max(getattr(one, name) for one in found.values()) for name in ("d_in", "d_sae")}
+        if any(member.ports is not None and not member.ports.same for member in self.members):
+            self.numbers["d_out"] = max(one.d_out for one in found.values())
+        self._merge({member.name: site_facts(member, self.backend.name) for member in self.members})
+        texts = {member.name: found[member.name].text for member in self.members}
+        if len(texts) == 1:
+            self.facts["SAE"] = next(iter(texts.values()))
+        else:
+            told, alike = of_all(texts, texts), len({*texts.values()}) == 1
+            self.facts["SAEs"] = f"{len(texts)}, {told} each" if alike else f"{len(texts)}: {told}"
+            self.facts["names"] = _listed(texts)
+        self._merge({name: facts_of_mesh(one.job, mesh) for name, one in found.items()})
+        largest = max(found.values(), key=lambda one: one.trained)
+        numbers = sum(lane.numbers for lane in self.lanes)
+        self.facts |= facts_of_layout(largest.job, self.world, numbers, len(self.here), len(self.members))
         if mesh.size > 1:
-            self.numbers |= {"processes": mesh.size, "sent_bytes": job.sent_bytes(mesh)}
-        if told := advice(sae, job, mesh, self.free.get(device), device):
-            self.facts["advised processes"] = told
+            sent = sum(one.job.sent_bytes(mesh) for one in found.values())
+            self.numbers |= {"processes": mesh.size, "sent_bytes": sent}
+        if largest.advice:
+            self.facts["advised processes"] = largest.advice
 
-    def _sites(self) -> None:
-        """What is read and written, and how wide it is."""
-        ports, model = self.ports, self.backend.name
-        inputs, targets = (
-            ", ".join(f"{name} of {model}, width {width}" for name, width in widths.items())
-            for widths in (ports.inputs, ports.targets)
-        )
-        if ports.same:
-            self.facts["site" if len(ports.inputs) == 1 else "sites"] = inputs
-            return
-        self.numbers["d_out"] = ports.d_out
-        self.facts |= {"inputs": inputs, "targets": targets}
+    def _merge(self, facts: Mapping[str, Mapping[str, str]]) -> None:
+        """Tell what is told of each SAE, by its name, once."""
+        for what in dict.fromkeys(what for own in facts.values() for what in own):
+            texts = {name: own[what] for name, own in facts.items() if what in own}
+            self.facts[what] = of_all(texts, facts)
 
-    def _buffer(self, source: ActivationSource | None) -> int:
-        """The memory that batches come from."""
-        size = source.memory_bytes() if isinstance(source, HasMemory) else 0
-        if size:
-            self.numbers["buffer_bytes"] = size
-        return size
+    # ---- batches and checkpoints
 
-    def _waiting(self, source: ActivationSource | None, rows: int) -> int:
-        """What a checkpoint has of the buffer, which is ``rows`` in bytes: those, or a recipe."""
-        recipe, forwards = source.recipe_size() if isinstance(source, KeepsRecipe) else (0, 0)
-        if not forwards or not self.config.checkpoints.keep_last:
-            return rows
-        # A short run does not come to as many.
-        trained = self.config.training.total_tokens // self.world.size // self.rows_per_forward()
-        made = max(trained + self.source.buffered, 1)
-        recipe, forwards = recipe * min(made, forwards) // forwards, min(made, forwards)
-        self.numbers |= {"recipe_bytes": recipe, "recipe_forwards": forwards}
-        chosen = self.config.checkpoints.buffer == "recipe"
-        choice = "as it is" if chosen else "with checkpoints.buffer=recipe"
-        each = " of each process" if self.world.size > 1 else ""
-        self.facts["buffer in checkpoints"] = (
-            f"{bytes_text(rows)}{each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), and about "
-            f"{forwards:,} forwards to go on from it"
-        )
-        return recipe if chosen else rows
+    def _tell_of_recipes(self, per_row: float | None = None) -> None:
+        chosen, several = self.config.checkpoints.buffer == "recipe", self.world.size > 1
+        if text := recipe_text(self.lanes, chosen=chosen, each=several, per_row=per_row):
+            self.facts["buffer in checkpoints"] = text
+            found = [lane.counted.recipe for lane in self.lanes]
+            self.numbers |= {"recipe_bytes": sum(own for own, _ in found)}
+            self.numbers |= {"recipe_forwards": sum(forwards for _, forwards in found)}
 
     def time_recipe(self, seconds: float) -> None:
         """Say how long it takes to go on from a recipe, where a row that the model makes takes so many ``seconds``."""
-        if (forwards := int(self.numbers.get("recipe_forwards", 0))) and self.stream.has_model:
-            self.numbers["recipe_seconds"] = took = seconds * self.rows_per_forward() * forwards
-            self.facts["buffer in checkpoints"] += f", {duration_text(took)}"
+        if self.numbers.get("recipe_forwards") and self.has_model:
+            self.numbers["recipe_seconds"] = recipe_seconds(self.lanes, seconds)
+            self._tell_of_recipes(seconds)
 
-    def _checkpoints(self, saved: int, state: int, written: int) -> int:
+    def _checkpoints(self, state: int, written: int) -> int:
         """The disk of saved SAEs, and of what a run goes on from: weights, what the optimizer keeps, and the buffer.
 
         ``state`` is what this process has of that, and is returned; ``written`` is what all write.
         """
-        options = self.config.checkpoints
-        saes = options.n_checkpoints + 1
-        self.disk = saes * saved
-        self.facts["disk"] = f"{bytes_text(saved)} for " + ("the SAE" if saes == 1 else f"each of {saes} saved SAEs")
+        options, number = self.config.checkpoints, len(self.members)
+        each = options.n_checkpoints + 1
+        self.disk = each * self.saved
+        if number > 1:
+            self.facts["disk"] = f"{bytes_text(self.disk)} for {each * number} saved SAEs"
+        else:
+            what = "the SAE" if each == 1 else f"each of {each} saved SAEs"
+            self.facts["disk"] = f"{bytes_text(self.saved)} for {what}"
         if not options.keep_last:
             self.facts["disk"] += "; no checkpoint that the run could go on from (checkpoints.keep_last=0)"
             return 0
@@ -213,37 +203,39 @@ class Sizes:
 
     # ---- memory
 
-    def _memory(
-        self, sae: SAEModule, trained: int, buffer: int, checkpoint: int, ending: int, whole: int, drawn: int
-    ) -> None:
-        """``checkpoint`` is copied while the run trains, ``ending`` when it is saved.
-
-        Of an SAE whose features are split, ``whole`` is what evals gather, and ``drawn`` what its start does.
-        """
-        model = _device(self.config.model.device, self.config.model.dtype)
-        training = _device(self.config.training.device, self.options.dtype)
-        held = [
-            Need(Of.MODEL, model, self._model_bytes()),
-            Need(Of.SAE, training, trained),
-            Need(Of.BUFFER, self.buffer_device, buffer),
-        ]
-        step, forward, evaluated = self._step_bytes, 0, 0
-        features = eval_bytes(sae, self._eval_prompts() * self.corpus.context_size)
-        if self.stream.has_model:
+    def _memory(self, own: Sequence[SAESizes], checkpoint: int, ending: int) -> None:
+        """``checkpoint`` is copied while the run trains, ``ending`` when it is saved; ``own``: the SAEs that this
+        process has."""
+        model = device_of(self.config.model.device, self.config.model.dtype)
+        devices = [training_device(member) for member in self.here]
+        several = len(self.members) > 1
+        forward = evaluated = kept = 0
+        if self.has_model:
             forward, evaluated = self._known_forwards() or self._forwards()
             self.numbers |= {"forward_bytes": forward, "eval_forward_bytes": evaluated}
+            kept = self._kept_forwards()
+        trained = _by_device(devices, [one.trained for one in own], sum)
+        held = [
+            Need(Of.MODEL, model, self._model_bytes()),
+            *(Need(Of.SAES if several else Of.SAE, device, size) for device, size in trained.items()),
+            *(Need(Of.BUFFER, device, size) for device, size in self.buffers.items()),
+            Need(Of.KEPT, model, kept),
+        ]
+        step = _by_device(devices, [one.step for one in own], max)  # they make their steps in turn
+        features = _by_device(devices, [one.features + one.whole for one in own], max)
         written = Need(Of.CHECKPOINT, "cpu", checkpoint)  # a copy, while whatever else is at work
         last = Need(Of.SAVING, "cpu", ending)  # when nothing changes any more
         turns = [
-            [Need(Of.FORWARD, model, forward), Need(Of.STEP, training, step), written],
+            [Need(Of.FORWARD, model, forward), *(Need(Of.STEP, *one) for one in step.items()), written],
             [Need(Of.EVALS, model, evaluated), written],
-            [Need(Of.EVALS, training, features + whole), written],
-            [Need(Of.WHOLE, "cpu", drawn)],  # before any step
+            [*(Need(Of.EVALS, *one) for one in features.items()), written],
+            [Need(Of.WHOLE, "cpu", max(one.drawn for one in own))],  # before any step
             [last],
         ]
         loading = Need(Of.LOADING, "cpu", self.known.get("loading_bytes", 0))
         self.memory = Memory(held, turns, [loading])
-        self.numbers |= {"step_bytes": step, "eval_features_bytes": features}
+        self.numbers |= {"step_bytes": max(one.step for one in own)}
+        self.numbers |= {"eval_features_bytes": max(one.features for one in own)}
         self.numbers["memory_bytes"] = sum(self.memory.needed().values())
 
     def forget_copies(self) -> None:
@@ -251,11 +243,49 @@ class Sizes:
         self.memory = self.memory.without(Of.CHECKPOINT)
         self.numbers["memory_bytes"] = sum(self.memory.needed().values())
 
+    @property
+    def buffers(self) -> dict[str, int]:
+        """The memory that batches come from, by the device where they wait."""
+        places = [self.place_of(lane) for lane in self.lanes]
+        return _by_device(places, [lane.counted.buffer for lane in self.lanes], sum)
+
+    def place_of(self, lane: PlannedLane) -> str:
+        """Where the rows of ``lane`` wait."""
+        return lane.counted.source.device or device_of(self.config.model.device, self.config.model.dtype)
+
+    @property
+    def kept_on_cpu(self) -> float:
+        """Bytes of forwards that wait there for other lanes."""
+        model = device_of(self.config.model.device, self.config.model.dtype)
+        return self.numbers.get("kept_bytes", 0.0) * (torch.device(model).type == "cpu")
+
+    def reads_all(self) -> TrainConfig:
+        """A configuration whose forwards are those of the run: it reads the hooks of all SAEs."""
+        if len(self.members) == 1:
+            return self.config
+        sites = {site.hook_name: site for member in self.members for site in member.config.sites.all}
+        config = longest_of(self.members).config
+        if len(sites) == 1:
+            return attrs.evolve(config, site=next(iter(sites.values())), inputs=(), targets=())
+        return attrs.evolve(config, site=Site(), inputs=tuple(sites.values()), targets=())
+
     def _model_bytes(self) -> int:
         size = self.backend.memory_bytes() if isinstance(self.backend, HasMemory) else 0
         if size:
             self.numbers["model_bytes"] = size
         return size
+
+    def _kept_forwards(self) -> int:
+        """Forwards that wait until all lanes have come to them, when most do: the first lane has filled its buffer."""
+        needing = [lane for lane in self.lanes if self._runs_model(lane)]
+        if len(needing) < 2:
+            return 0
+        contexts = max(lane.counted.source.contexts * lane.forwards_at_once for lane in needing)
+        self.numbers["kept_bytes"] = kept = min(contexts * held_bytes(needing, self.backend), MOST_KEPT)
+        return kept
+
+    def _runs_model(self, lane: PlannedLane) -> bool:
+        return self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text
 
     def _known_forwards(self) -> tuple[int, int] | None:
         found = [self.known.get(name) for name in ("forward_bytes", "eval_forward_bytes")]
@@ -263,48 +293,22 @@ class Sizes:
 
     def _forwards(self) -> tuple[int, int]:
         """The working memory of a forward in training, and of the largest in evals."""
-        read = {site.hook_name for site in self.stream.sites}
-        source = self.plugins.find(ACTIVATION_SOURCES, self.config.activations.source)
-        training = self._peak(
-            self.source.contexts if source.entry.needs_text else 0, lambda tokens: self.backend.run(tokens, read=read)
-        )
-        prompts = self._eval_prompts()
-        evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, want="loss"))
+        read = {site.hook_name for lane in self.lanes for site in lane.stream.sites}
+        contexts = max((lane.counted.source.contexts for lane in self.lanes if self._runs_model(lane)), default=0)
+        training = self._peak(contexts, lambda tokens: self.backend.run(tokens, read=read))
+        size, measured = self.corpus.context_size, [member.config for member in self.here]
+        prompts = max(eval_prompts(config, self.plugins, self.backend, size) for config in measured)
+        # Of several SAEs, what hooks hold is kept for all that are measured on it.
+        also = read if len(self.here) > 1 else set()
+        evaluated = self._peak(prompts, lambda tokens: self.backend.run(tokens, read=also, want="loss"))
         return training, evaluated + (self._compared_logits(prompts) if evaluated else 0)
-
-    @property
-    def tokenizing(self) -> float:
-        """Bytes of the processes that tokenize."""
-        return _TOKENIZING * self.source.tokenizing
-
-    def told_of_tokenizing(self) -> str:
-        """The end of a sentence on the memory of the process; empty where there are none."""
-        return (
-            f"; beside it, processes that tokenize take about {bytes_text(size)}" if (size := self.tokenizing) else ""
-        )
-
-    def rows_per_forward(self) -> int:
-        """Rows of one forward of the source, at most."""
-        return self.source.contexts * self.stream.rows_per_context(self.corpus.context_size)
 
     def _compared_logits(self, prompts: int) -> int:
         """What logits take that are compared with those of the clean forward: both, in float32."""
-        options = [self.plugins.options(EVALS, choice) for choice in self.config.evals.run]
+        options = [self.plugins.options(EVALS, choice) for one in self.members for choice in one.config.evals.run]
         if not any(getattr(one, name, False) for one in options for name in ("kl", "top1")):
             return 0
-        size = self.corpus.context_size
-        return 2 * 4 * prompts * size * self.backend.d_vocab
-
-    def _eval_prompts(self) -> int:
-        """Contexts in the largest forward of evals."""
-        measured = [
-            getattr(self.plugins.options(EVALS, choice), "batch_size_prompts", _PROMPTS)
-            for choice in self.config.evals.run
-            if self.plugins.find(EVALS, choice).entry.needs_text
-        ]
-        device = _device(self.config.model.device, self.config.model.dtype)
-        most = logit_contexts(self.backend, self.corpus.context_size, device)
-        return min(max(measured, default=0), self.config.evals.n_contexts, most)
+        return 2 * 4 * prompts * self.corpus.context_size * self.backend.d_vocab
 
     def _peak(self, prompts: int, forward: Callable[[torch.Tensor], object]) -> int:
         """The working memory of a forward of so many contexts; where tensors have memory, as that of one says it.
@@ -317,49 +321,67 @@ class Sizes:
         if not len(tokens) or (backend.n_ctx is not None and size > backend.n_ctx):
             return 0
         try:
-            with self.stream.model_lock:
+            with self.lanes[0].stream.model_lock:
                 found = peak_bytes(lambda: forward(tokens))
         except Exception as error:  # what is wrong, the run itself will say
-            self.warnings.append(
+            self.findings.doubt(
                 f"a forward of the model could not be counted, and is left out of memory: {reason(error)}"
             )
             return 0
         return found * prompts // len(tokens)
 
     @property
-    def buffer_device(self) -> str:
-        """Where the rows of the source wait."""
-        return self.source.device or _device(self.config.model.device, self.config.model.dtype)
+    def tokenizing(self) -> float:
+        """Bytes of the processes that tokenize."""
+        return _TOKENIZING * sum(lane.counted.source.tokenizing for lane in self.lanes)
+
+    def told_of_tokenizing(self) -> str:
+        """The end of a sentence on the memory of the process; empty where there are none."""
+        return (
+            f"; beside it, processes that tokenize take about {bytes_text(size)}" if (size := self.tokenizing) else ""
+        )
 
     # ---- the cache
 
     def _cache(self) -> None:
         """The size of the cache that ``saekit cache`` would write."""
-        stream, size = self.stream, self.corpus.context_size
-        sites = cache_sites(self.config)
-        check_context_size(stream.backend, size)
-        check_hooks(stream.backend, sites, "activations.cache.sites")
-        wide = open_stream(self.config, self.corpus, self.plugins, stream.backend, sites)
+        config, size = longest_of(self.members).config, self.corpus.context_size
+        sites = list(dict.fromkeys(site for member in self.members for site in cache_sites(member.config)))
+        check_context_size(self.backend, size)
+        check_hooks(self.backend, sites, "activations.cache.sites")
+        wide = open_stream(config, self.corpus, self.plugins, self.backend, sites)
         wide.identity = {}  # it is the same size, and to find it out the text would be opened
         most = wide.rows_per_context(size)
-        contexts = cached_contexts(self.config, most)
-        rows = contexts * most if not (wide.choice.exclude or self.config.tokens.mask_column) else None
-        needed = plan_cache(self.config, wide, size).bytes_for(contexts, rows or cached_rows(self.config))
-        free = free_disk(self.config.activations.cache.folder)
+        contexts = cached_contexts(config, most)
+        rows = contexts * most if not (wide.choice.exclude or config.tokens.mask_column) else None
+        needed = plan_cache(config, wide, size).bytes_for(contexts, rows or cached_rows(config))
+        free = free_disk(config.activations.cache.folder)
         self.numbers["cache_bytes"] = needed
-        words = f"{bytes_text(needed)} if `saekit cache` writes it; {bytes_text(free)} are free"
+        all_sites = len(sites) > len(cache_sites(config))
+        how = " with the sites of all (activations.cache.sites)" if all_sites else ""
+        words = f"{bytes_text(needed)} if `saekit cache` writes it{how}; {bytes_text(free)} are free"
         self.facts["activation cache"] = words
+
+
+def _by_device(devices: Iterable[str], sizes: Iterable[int], put: Callable[[list[int]], int]) -> dict[str, int]:
+    """``sizes`` on each of ``devices``, put together."""
+    found: dict[str, list[int]] = {}
+    for device, size in zip(devices, sizes, strict=True):
+        found.setdefault(device, []).append(size)
+    return {device: put(own) for device, own in found.items()}
+
+
+def _listed(names: Iterable[str]) -> str:
+    """All of a few, and of many the first and the last."""
+    few = list(names)
+    return ", ".join(few if len(few) <= 8 else [*few[:3], f"... {few[-1]}"])
 
 
 def devices_of(config: TrainConfig, options: SAEConfig) -> list[str]:
     """Where the model, the SAE and what is written to checkpoints are."""
-    asked = _device(config.model.device, config.model.dtype), _device(config.training.device, options.dtype), "cpu"
+    asked = (
+        device_of(config.model.device, config.model.dtype),
+        device_of(config.training.device, options.dtype),
+        "cpu",
+    )
     return list(dict.fromkeys(asked))
-
-
-def _device(asked: str, dtype: str) -> str:
-    """``asked`` as it is on this machine, or would be on one that has it."""
-    try:
-        return resolve_device(asked, "", dtype)
-    except ConfigError:
-        return asked

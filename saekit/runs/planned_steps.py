@@ -1,0 +1,142 @@
+"""The steps of all SAEs of a plan, from those of a few: of SAEs that are alike, two are tried for all."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import attrs
+
+from saekit.errors import DataError
+from saekit.plugins.manager import PluginManager
+from saekit.runs.planned_lanes import PlannedLane
+from saekit.runs.planned_members import PlannedMember
+from saekit.runs.stepped import Stepped
+from saekit.training.trainer import SAETrainer
+
+__all__ = ["Kind", "Kinds"]
+
+_OF_EACH = 2  # SAEs of a kind that are tried: what only the first of them takes is not taken for that of all
+
+
+@attrs.define(eq=False)
+class Kind:
+    """SAEs that have the same sizes, and steps that take as long."""
+
+    size: float
+    """What is computed in a step: numbers of weights times rows."""
+    members: list[PlannedMember] = attrs.field(factory=list)
+    """Those that one process trains."""
+    trainers: list[SAETrainer] = attrs.field(factory=list)
+    """Those that were tried."""
+    weights: list[float] = attrs.field(factory=list)
+    """Seconds that the first weights of each took."""
+    stepped: list[Stepped] = attrs.field(factory=list)
+    """The steps of each."""
+    estimated: bool = False
+    """Whether they are taken from those of others."""
+
+    @property
+    def timed(self) -> list[Stepped]:
+        """Of those that came to make a step."""
+        return [one for one in self.stepped if one.steps]
+
+    @property
+    def step(self) -> float:
+        """Seconds of one step of each."""
+        return sum(one.step for one in self.timed) / len(self.timed) * len(self.members)
+
+    @property
+    def steps(self) -> float:
+        """Seconds of all steps of all."""
+        training = [member.config.training for member in self.members]
+        return sum(
+            one.mean_step(own.steps, own.dead_after) * own.steps for one in self.timed for own in training
+        ) / len(self.timed)
+
+    @property
+    def cold(self) -> float:
+        """What first steps took beyond the others."""
+        return _for_all([one.cold for one in self.timed], len(self.members))
+
+    @property
+    def first_weights(self) -> float:
+        """Seconds until all have some."""
+        return _for_all(self.weights, len(self.members))
+
+    def as_others(self, other: Kind) -> None:
+        """Take it that steps take as long as those of ``other``, by what is computed in them."""
+        times, self.estimated = self.size / other.size, True
+        self.weights = self.weights or [times * seconds for seconds in other.weights]
+        self.stepped = [
+            attrs.evolve(one, step=times * one.step, late=times * one.late, cold=times * one.cold)
+            for one in other.timed
+        ]
+
+
+def _for_all(found: Sequence[float], number: int) -> float:
+    """Of so many what the first takes, and of each other what the last that was tried took."""
+    return found[0] + (number - 1) * found[-1] if number else 0.0
+
+
+class Kinds:
+    """Of all SAEs of a run, those ``here`` count."""
+
+    def __init__(self, lanes: Sequence[PlannedLane], here: Collection[PlannedMember], plugins: PluginManager) -> None:
+        self._of: dict[str, Kind] = {}
+        by_key: dict[str, Kind] = {}
+        self._tried: dict[object, None] = {}
+        names = {member.name for member in here}
+        for lane in lanes:
+            for member in lane.members:
+                size = member.weights * member.config.training.train_batch_size_tokens
+                kind = by_key.setdefault(member.kind(plugins), Kind(size))
+                kind.members += [member] * (member.name in names)
+                self._of[member.name] = kind
+        self.all = [kind for kind in by_key.values() if kind.members]
+
+    def of(self, member: PlannedMember) -> Kind:
+        """The one that it is of."""
+        return self._of[member.name]
+
+    def to_try(self, lane: PlannedLane) -> list[PlannedMember]:
+        """Of ``lane``, those that are tried, if no others were that they are like, and no such batches were made."""
+        kinds: dict[int, list[PlannedMember]] = {}
+        for member in lane.members:
+            if (kind := self.of(member)) in self.all and not kind.trainers:
+                kinds.setdefault(id(kind), []).append(member)
+        chosen = [member for own in kinds.values() for member in own[:_OF_EACH]]
+        if not chosen and lane.timed_alike not in self._tried:
+            chosen = [lane.members[0]]
+        return chosen
+
+    def note(self, lane: PlannedLane, found: Mapping[str, tuple[SAETrainer, float, Stepped]]) -> None:
+        """What came of those of ``lane``, by name: with the seconds that their first weights took."""
+        self._tried[lane.timed_alike] = None
+        for member in lane.members:
+            if member.name in found:
+                kind, (trainer, weights, stepped) = self.of(member), found[member.name]
+                kind.trainers.append(trainer)
+                kind.weights.append(weights)
+                kind.stepped.append(stepped)
+
+    def estimate(self) -> int:
+        """Take those for which there was no time from the one that is nearest in size; how many SAEs these are."""
+        timed = [kind for kind in self.all if kind.timed]
+        left = [kind for kind in self.all if not kind.timed]
+        if not timed:
+            raise DataError("there are too few activations for a step; is there more text?")
+        for kind in left:
+            size = kind.size
+            kind.as_others(min(timed, key=lambda one: max(one.size / size, size / one.size)))
+        return sum(len(kind.members) for kind in left)
+
+    def timed_on(self, saes: int, estimated: int) -> str:
+        """In words, of so many ``saes``, of which the steps of so many are ``estimated``."""
+        timed = [one for kind in self.all for one in kind.stepped if one.steps and not kind.estimated]
+        steps = sum(one.steps for one in timed)
+        text = f"{steps:,} step{'s' * (steps != 1)}"
+        if saes > 1:
+            text += f" of {len(timed)} of {saes} SAEs" if len(timed) < saes else f" of all {saes} SAEs"
+        if estimated:
+            text += f"; steps of {estimated} more, for which there was no time, by how much they compute"
+        return text

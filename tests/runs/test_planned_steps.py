@@ -1,0 +1,307 @@
+"""The steps of several SAEs, and their batches, as a plan tries them and adds them up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import saekit
+from saekit.abilities import SourceForwards
+from saekit.config.files import load_config
+from saekit.data import StreamContext
+from saekit.distributed.world import ALONE
+from saekit.errors import DataError, DivergedError
+from saekit.kinds import SAE_ARCHITECTURES
+from saekit.runs import rehearsal
+from saekit.runs.planned_batches import Batches
+from saekit.runs.planned_findings import Findings, of_all, of_some
+from saekit.runs.planned_lanes import LaneSizes, PlannedLane
+from saekit.runs.planned_members import PlannedMember, by_kind, here_of
+from saekit.runs.planned_steps import Kinds
+from saekit.runs.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
+from saekit.runs.stepped import Stepped
+from saekit.training.firing import FiringStatistics
+from saekit.values import Batch, Ports
+
+SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
+PLUGINS = saekit.default_manager()
+
+
+class Clock:
+    """Time that only passes where something takes it."""
+
+    now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(rehearsal, "time", made)
+    return made
+
+
+class Trainer:
+    """Takes so many seconds for a step, and three more for the first."""
+
+    device, diverged, world = "cpu", None, ALONE
+
+    def __init__(self, clock: Clock, name: str, seconds: float, steps: int = 100, batch: int = 8) -> None:
+        self.clock, self.name, self.seconds, self.step, self.tokens = clock, name, seconds, 0, 0
+        self.training = SimpleNamespace(
+            train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=1000
+        )
+        self.firing = FiringStatistics(4, dead_after=1000, window=1000, device="cpu")
+        self.seen: list[int] = []
+
+    @property
+    def finished(self) -> bool:
+        return self.tokens >= self.training.total_tokens or self.diverged is not None
+
+    def rows_of(self, batch: Batch) -> tuple[torch.Tensor, None]:
+        return batch.activations[SITE], None
+
+    def train_on(self, rows: torch.Tensor, target: None, batch: Batch) -> dict[str, Any]:
+        self.clock.now += self.seconds + 3 * (self.step == 0)
+        self.step, self.tokens = self.step + 1, self.tokens + len(rows)
+        self.seen.append(int(rows[0, 0]))
+        return {"metrics/l0": float(self.seconds)}
+
+
+class Forwards:
+    """Four rows in two seconds, each forward with rows of its own number."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock, self.made = clock, 0
+
+    def __next__(self) -> Batch:
+        self.made, self.clock.now = self.made + 1, self.clock.now + 2
+        rows = torch.full((4, 3), float(self.made))
+        return Batch({SITE: rows}, *(torch.zeros(4, dtype=torch.long) for _ in range(3)))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+def tried(clock: Clock, first: Any, *others: Any, looks: list[Any] | None = None, **given: Any) -> Rehearsed:
+    rows: Any = Forwards(clock)
+    seen = [] if looks is None else looks
+    beside = [(one, lambda metrics, name=one.name: seen.append((name, metrics))) for one in others]
+    given = {
+        "forward": 4,
+        "ahead": False,
+        "alone": 1.0,
+        "look": lambda metrics: seen.append(("first", metrics)),
+    } | given
+    return rehearsed(rows, first, FirstRows(3.0, next(rows)), beside=beside, **given)
+
+
+def test_each_steps_in_turn_on_the_same_batches(clock: Clock) -> None:
+    one, two, three = (Trainer(clock, name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 0.5)))
+    looks: list[Any] = []
+    found = tried(clock, one, two, three, looks=looks, deadline=Deadline(1000))
+    assert one.seen == two.seen == three.seen
+    assert len(one.seen) >= 2
+    assert [found.step, *(own.step for own in found.beside)] == [1, 2, 0.5]
+    assert [own.cold for own in (found.own, *found.beside)] == [3, 3, 3], "the first forward's is apart"
+    assert (found.cold_forward, found.cold) == ((3 - 0.5) * 4, 13)
+    assert [own.steps for own in (found, *found.beside)] == [len(one.seen)] * 3
+    assert [name for name, _ in looks] == ["first", "b", "c"]
+    assert [metrics["metrics/l0"] for _, metrics in looks] == [1, 2, 0.5], "each is told of its own first step"
+
+
+def test_one_that_ends_earlier_leaves_the_others(clock: Clock) -> None:
+    short, long = Trainer(clock, "short", 0.25, steps=2), Trainer(clock, "long", 0.5)
+    found = tried(clock, short, long, deadline=Deadline(1000), share=10)
+    assert (found.steps, found.beside[0].steps) == (2, len(long.seen))
+    assert len(long.seen) > 2
+    assert long.seen[:2] == short.seen
+
+
+def test_no_first_step_is_begun_when_the_time_is_over(clock: Clock) -> None:
+    one, two = Trainer(clock, "a", 30), Trainer(clock, "b", 30)
+    found = tried(clock, one, two)
+    assert (found.steps, found.beside[0].steps) == (1, 0)
+
+
+def test_of_several_it_is_said_which_diverged(clock: Clock) -> None:
+    def diverging(*given: Any) -> Any:
+        raise DivergedError("the loss is nan")
+
+    one, two = Trainer(clock, "a", 1), Trainer(clock, "b", 1)
+    two.train_on = diverging  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="^b: the loss is nan"):
+        tried(clock, one, two)
+
+
+# ---- those that are alike
+
+
+def member(name: str, d_in: int = 8, **sections: Any) -> PlannedMember:
+    training = {"training_tokens": 4096 * 10, "dead_feature_window": 4} | sections.pop("training", {})
+    config = load_config({"sae": {"name": "topk", "k": 4, "d_sae": 32}, "training": training} | sections)
+    options = PLUGINS.options(SAE_ARCHITECTURES, config.sae)
+    return PlannedMember(name, config, options, ports=Ports.of(config.sites, dict.fromkeys(config.sites.all, d_in)))
+
+
+def lane(*members: PlannedMember, contexts: int = 2, steps: int | None = None, ahead: bool = False) -> PlannedLane:
+    config = members[0].config
+    stream: Any = StreamContext(
+        backend=SimpleNamespace(),
+        sites=config.sites.all,
+        batch_size=4096,
+        seed=0,
+        open_contexts=lambda: None,  # type: ignore[arg-type,return-value]
+    )
+    counted = LaneSizes(SourceForwards(contexts=contexts, buffered=4, ahead=ahead, needed_line="a.b=c"))
+    return PlannedLane(members, stream, 1024, None, counted)
+
+
+def test_what_is_alike() -> None:
+    base = member("base")
+    same = [
+        member("lr", training={"lr": 0.5}),
+        member("seed", training={"seed": 7}),
+        member("site", site={"hook_name": "blocks.0.hook_resid_post"}),
+        member("evals", evals={"n_contexts": 3}),
+        member("schedule", lr_schedule={"name": "cosine"}),
+    ]
+    other = [
+        member("k", sae={"name": "topk", "k": 5, "d_sae": 32}),
+        member("width", d_in=9),
+        member("features", sae={"name": "topk", "k": 4, "d_sae": 33}),
+        member("length", training={"training_tokens": 4096 * 11}),
+        member("precision", training={"matmul_precision": "high"}),
+        member("no aux", sae={"name": "topk", "k": 4, "d_sae": 32, "aux_loss_coefficient": 0.0}),
+        member("optimizer", optimizer="signum"),
+    ]
+    kinds = by_kind([base, *same, *other], PLUGINS)
+    assert [[one.name for one in own] for own in kinds.values()] == [
+        ["base", *(one.name for one in same)], *([one.name] for one in other)
+    ]  # fmt: skip
+
+
+def stepped(step: float, late: float, cold: float, steps: int = 5) -> Stepped:
+    return Stepped(step=step, late=late, cold=cold, steps=steps)
+
+
+def test_two_of_a_kind_stand_for_all() -> None:
+    alike = [member(str(number), training={"lr": 0.1 + number}) for number in range(5)]
+    wide = member("wide", sae={"name": "topk", "k": 4, "d_sae": 64})
+    whole = lane(*alike, wide)
+    kinds = Kinds([whole], [*alike, wide], PLUGINS)
+    assert [one.name for one in kinds.to_try(whole)] == ["0", "1", "wide"]
+    trainer: Any = SimpleNamespace()
+    kinds.note(whole, {"0": (trainer, 3.0, stepped(1, 2, 9)), "1": (trainer, 1.0, stepped(1.5, 2.5, 1)),
+                       "wide": (trainer, 4.0, stepped(7, 7, 2))})  # fmt: skip
+    assert kinds.to_try(whole) == []
+    assert kinds.estimate() == 0
+    first, other = kinds.all
+    assert first.step == 5 * 1.25
+    assert first.steps == 5 * (4 * 1.25 + 6 * 2.25), "four steps of ten have no dead features"
+    assert (first.cold, first.first_weights) == (9 + 4 * 1, 3 + 4 * 1)
+    assert (other.step, other.steps, other.cold) == (7, 70, 2)
+    assert kinds.timed_on(6, 0) == "15 steps of 3 of 6 SAEs"
+
+
+def test_those_without_time_are_told_by_their_size() -> None:
+    small, large = member("small"), member("large", sae={"name": "topk", "k": 4, "d_sae": 96})
+    whole = lane(small, large)
+    kinds = Kinds([whole], [small, large], PLUGINS)
+    with pytest.raises(DataError, match="too few activations for a step"):
+        kinds.estimate()
+    trainer: Any = SimpleNamespace()
+    kinds.note(whole, {"small": (trainer, 2.0, stepped(1, 1, 1)), "large": (trainer, 5.0, stepped(0, 0, 0, 0))})
+    assert kinds.estimate() == 1
+    assert [kind.step for kind in kinds.all] == [1, 3]
+    assert kinds.all[1].first_weights == 5, "which were made"
+    assert kinds.timed_on(2, 1) == (
+        "5 steps of 1 of 2 SAEs; steps of 1 more, for which there was no time, by how much they compute"
+    )
+
+
+def test_other_batches_are_tried_too() -> None:
+    one, two, three = member("one"), member("two", training={"seed": 1}), member("three", training={"seed": 2})
+    same, larger = lane(two), lane(three, contexts=4)
+    lanes = [lane(one), same, larger]
+    kinds = Kinds(lanes, [one, two, three], PLUGINS)
+    trainer: Any = SimpleNamespace()
+    kinds.note(lanes[0], {"one": (trainer, 0.0, stepped(1, 1, 0))})
+    assert kinds.to_try(same) == [], "all is known of it"
+    assert kinds.to_try(larger) == [three], "forwards of another size"
+
+
+def test_the_fullest_process_is_counted() -> None:
+    members = [member(str(width), sae={"name": "topk", "k": 4, "d_sae": width}) for width in (32, 64, 16, 80)]
+    assert [one.name for one in here_of(members, 2)] == ["16", "80"]
+    assert [one.name for one in here_of(members, 4)] == ["80"]
+
+
+# ---- batches of several lanes
+
+
+def test_forwards_that_are_shared_count_once() -> None:
+    one, long = member("one"), member("long", training={"seed": 1, "training_tokens": 4096 * 20})
+    found = Rehearsed(step=1, late=1, cold=3, steps=5, per_row=0.001, shared=1.0, forwards=7, cold_forward=2.0)
+    together = Batches([lane(one), lane(long)], ALONE)
+    alone = Batches([lane(long)], ALONE)
+    for batches in (together, alone):
+        batches.note(lane(long), found)
+    assert together.seconds(50.0) == alone.seconds(50.0) == pytest.approx((8.192, 4096 * 20 * 0.001), rel=0.1)
+    assert together.forwards_told() == alone.forwards_told()
+    apart = Batches([lane(one, contexts=4), lane(long)], ALONE)
+    apart.note(lane(long), found)
+    assert apart.seconds(50.0)[0] == pytest.approx(8.192 + 16.384), "each fills its own buffer by forwards of its own"
+    facts, numbers = apart.forwards_told()
+    assert numbers == {"forwards": 53}
+    assert facts["forwards"].startswith("13 of 4,096 and 40 of 2,048 activations")
+    assert (together.cold, together.per_model_row, together.timed_on) == (2.0, 0.001, "7 forwards")
+
+
+# ---- words
+
+
+def test_what_all_have_is_said_once() -> None:
+    names = list("abcdef")
+    assert of_all(dict.fromkeys(names, "10 steps"), names) == "10 steps"
+    assert of_all(dict.fromkeys("ab", "10 steps"), names) == "10 steps (2 SAEs)"
+    assert of_all({"a": "x", "b": "y", "c": "x"}, "abc") == "x (2 SAEs); y (b)"
+    steps = {name: f"{10 * number:,} steps of 1,024 tokens" for number, name in enumerate(names, 99)}
+    assert of_all(steps, names) == "990 to 1,040 steps of 1,024 tokens"
+    hooks = {name: f"blocks.{number}.hook of m, width 16" for number, name in enumerate(names)}
+    assert of_all(hooks, names) == "blocks.0.hook of m, width 16 (a); blocks.1.hook of m, width 16 (b); 4 others"
+    assert of_some("no", "abcdef", names) == "no"
+    assert of_some("no", "abcde", names) == "a, b and 3 more SAEs: no"
+    assert of_some("no", "ab", names) == "a and b: no"
+
+
+def test_findings_are_of_those_that_have_them() -> None:
+    def failing(*problems: tuple[str, str]) -> Any:
+        def work() -> None:
+            raise saekit.ConfigError(list(problems))
+
+        return work
+
+    found = Findings(["a", "b", "c"])
+    assert found.attempt(lambda: 3, of=["a"]) == 3
+    assert found.attempt(failing(("x.y", "is 3"), ("", "more")), of=["a"]) is None
+    found.attempt(failing(("x.y", "is 3")), of=["b"])
+    found.attempt(failing(("z", "is 4")))
+    found.attempt(failing(("z", "is 4")), of=["b"])
+
+    def of_one() -> None:
+        with found.about(["c"]):
+            failing(("w", "is 5"))()
+
+    found.attempt(of_one)
+    found.doubt("odd", of=["c"])
+    found.doubt("all")
+    assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4", "c: w: is 5"]
+    assert found.warnings == ["c: odd", "all"]

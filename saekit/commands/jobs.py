@@ -22,10 +22,10 @@ from saekit.distributed.launched import Launched, check_layout, check_mesh, refu
 from saekit.errors import ConfigError
 from saekit.files.paths import folder_of
 from saekit.garbage import uncollected
+from saekit.planning.plan import Plan, cannot_run, names_of
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
 from saekit.runs.from_memory import check_config_names_all, unnamed
-from saekit.runs.planned import Plan, cannot_run, names_of
 
 if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
@@ -213,7 +213,7 @@ def plan_after(
         texts = [*named, *texts]
         return Plan({}, {}, texts, [], cannot_run(texts))
     with _status(configs) as say:
-        from saekit.runs.plan import look
+        from saekit.planning.planner import look
 
         say("trying the model and a few steps" if load else "counting")
         before += time.perf_counter() - begun

@@ -22,6 +22,8 @@ from saekit.data.text import check_place
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.storage import why_no_folder_in
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.planning.findings import of_some
+from saekit.planning.plan import names_of
 from saekit.plugins.building import blamed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
@@ -35,8 +37,6 @@ from saekit.runs.checks import (
     start_files,
 )
 from saekit.runs.folder import check_run_folder
-from saekit.runs.planned import names_of
-from saekit.runs.planned_findings import of_some
 from saekit.runs.sweep import check_together, member_names
 
 __all__ = [

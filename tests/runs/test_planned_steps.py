@@ -15,14 +15,14 @@ from saekit.data import StreamContext
 from saekit.distributed.world import ALONE
 from saekit.errors import DataError, DivergedError
 from saekit.kinds import SAE_ARCHITECTURES
-from saekit.runs import rehearsal
-from saekit.runs.planned_batches import Batches
-from saekit.runs.planned_findings import Findings, of_all, of_some
-from saekit.runs.planned_lanes import LaneSizes, PlannedLane
-from saekit.runs.planned_members import PlannedMember, by_kind, here_of
-from saekit.runs.planned_steps import Kinds
-from saekit.runs.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
-from saekit.runs.stepped import Stepped
+from saekit.planning import rehearsal
+from saekit.planning.batches import Batches
+from saekit.planning.findings import Findings, of_all, of_some
+from saekit.planning.kinds import Kinds
+from saekit.planning.lanes import LaneSizes, PlannedLane
+from saekit.planning.members import PlannedMember, by_kind, here_of
+from saekit.planning.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
+from saekit.planning.stepped import Stepped
 from saekit.training.firing import FiringStatistics
 from saekit.values import Batch, Ports
 

@@ -15,9 +15,11 @@ from support.tiny import run_config
 
 import saekit
 from saekit.data.shared import SharedForwards
-from saekit.runs import planned_duration, rehearsal, run
+from saekit.planning import duration as planned_duration
+from saekit.planning import rehearsal
+from saekit.planning.sizes import Sizes
+from saekit.runs import run
 from saekit.runs.keeping import Keeping
-from saekit.runs.planned_sizes import Sizes
 from saekit.runs.session import Session
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -161,9 +163,9 @@ def test_many_saes_are_told_in_few_words(tmp_path: Path) -> None:
 
 
 def test_a_list_of_one_is_planned_as_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e12))
-    for place in ("plan", "planned_sizes"):  # what is free may change meanwhile
-        monkeypatch.setattr(f"saekit.runs.{place}.free_disk", lambda folder: 1e12)
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 1e12))
+    for place in ("planner", "sizes"):  # what is free may change meanwhile
+        monkeypatch.setattr(f"saekit.planning.{place}.free_disk", lambda folder: 1e12)
     config = run_config(tmp_path)
     assert saekit.plan([config], load=False) == saekit.plan(config, load=False)
     assert "saes" not in saekit.plan([config], load=False).numbers
@@ -194,7 +196,7 @@ def test_a_sweep_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     given = saekit.grid(run_config(tmp_path, checkpoints={"keep_last": 0}), {"sae.d_sae": [4096] * 20})
     one, all_of_them = saekit.plan(given[:1], load=False), saekit.plan(given, load=False)
     room = (one.numbers["memory_bytes"] + all_of_them.numbers["memory_bytes"]) / 2
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, room))
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, room))
     assert saekit.plan(given[:1], load=False).fits is True
     found = saekit.plan(given)
     assert found.fits is False

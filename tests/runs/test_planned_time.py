@@ -20,10 +20,12 @@ from saekit.data.activations import ActivationStream
 from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES
-from saekit.runs import other_ways, planned_duration, planned_time
-from saekit.runs.other_ways import Compared, compared
-from saekit.runs.planned_memory import Memory, Need, Of
-from saekit.runs.planned_time import Served, Times, evals_of, ran_ahead, timed_writing
+from saekit.planning import duration as planned_duration
+from saekit.planning import other_ways
+from saekit.planning import times as planned_times
+from saekit.planning.memory import Memory, Need, Of
+from saekit.planning.other_ways import Compared, compared
+from saekit.planning.times import Served, Times, evals_of, ran_ahead, timed_writing
 from saekit.runs.staging import Staging
 from saekit.runs.working_memory import resident, resident_peak
 from saekit.training.trainer import SAETrainer
@@ -326,13 +328,13 @@ def test_an_eval_is_measured_again_before_it_is_scaled(
         seen.append(len(contexts))
         now[0] += next(takes)
 
-    monkeypatch.setattr(planned_time, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(planned_time, "all_called", called)
-    monkeypatch.setattr(planned_time, "weight_metrics", lambda sae: None)
+    monkeypatch.setattr(planned_times, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(planned_times, "all_called", called)
+    monkeypatch.setattr(planned_times, "weight_metrics", lambda sae: None)
     trainer: Any = SimpleNamespace(raw_sae=lambda: None, sae=SimpleNamespace(parameters=list))
     backend: Any = None
     contexts = torch.zeros(100, 4)
-    assert planned_time.timed_eval(load_config({}), trainer, backend, {}, contexts, left) == found
+    assert planned_times.timed_eval(load_config({}), trainer, backend, {}, contexts, left) == found
     assert seen == asked
 
 

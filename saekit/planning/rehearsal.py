@@ -19,7 +19,7 @@ from saekit.abilities import SourceForwards
 from saekit.data import ActivationStream, Prefetched, ShuffleBuffer, StreamContext
 from saekit.devices import synchronize
 from saekit.errors import DataError, DivergedError
-from saekit.runs.stepped import Rehearsed, Stepped, part_added
+from saekit.planning.stepped import Rehearsed, Stepped, part_added
 from saekit.site import Site
 from saekit.training.loop import Lane, fit
 from saekit.training.trainer import SAETrainer

@@ -14,13 +14,13 @@ from saekit.distributed.world import World
 from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import EVALS, SAE_ARCHITECTURES
+from saekit.planning.members import PlannedMember
+from saekit.planning.memory import eval_bytes
+from saekit.planning.mesh import advice
+from saekit.planning.step_costs import job_of
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.parts import moment_bytes, updates_numbers
-from saekit.runs.planned_members import PlannedMember
-from saekit.runs.planned_memory import eval_bytes
-from saekit.runs.planned_mesh import advice
-from saekit.runs.planned_step import job_of
 from saekit.runs.spreading import spread
 from saekit.sae.build import build_module
 from saekit.sae.init import starts_by_parts

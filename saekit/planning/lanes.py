@@ -12,10 +12,10 @@ from saekit.data import Corpus, StreamContext
 from saekit.data.shared import SharedForwards
 from saekit.data.stream import PROBED
 from saekit.distributed.world import World
+from saekit.planning.members import PlannedMember, longest_of
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.opening import open_source, open_stream, widths_of
-from saekit.runs.planned_members import PlannedMember, longest_of
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.sweep import lane_key
 from saekit.runs.timing import bytes_text, duration_text

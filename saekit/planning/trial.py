@@ -11,15 +11,15 @@ import torch
 
 from saekit.data import Corpus
 from saekit.distributed.world import World
+from saekit.planning.lanes import PlannedLane
+from saekit.planning.members import PlannedMember
+from saekit.planning.mesh import in_step
+from saekit.planning.rehearsal import Deadline, FirstRows, Look, rehearsed
+from saekit.planning.stepped import Rehearsed, Stepped
+from saekit.planning.times import Stopwatch
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
-from saekit.runs.planned_lanes import PlannedLane
-from saekit.runs.planned_members import PlannedMember
-from saekit.runs.planned_mesh import in_step
-from saekit.runs.planned_time import Stopwatch
-from saekit.runs.rehearsal import Deadline, FirstRows, Look, rehearsed
 from saekit.runs.setup import give_weights, make_trainer
-from saekit.runs.stepped import Rehearsed, Stepped
 from saekit.training.schedule import ComposedSchedule
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram

@@ -18,6 +18,18 @@ from saekit.devices import resolve_device
 from saekit.errors import SaekitError
 from saekit.kernels.workspace import SHARED
 from saekit.kinds import ACTIVATION_SOURCES, SAE_ARCHITECTURES
+from saekit.planning.duration import TimedRun
+from saekit.planning.findings import Findings
+from saekit.planning.lanes import PlannedLane, open_lanes
+from saekit.planning.members import PlannedMember, training_doubts, training_text
+from saekit.planning.memory import Verdict, free_disk, process_text, verdict
+from saekit.planning.mesh import planned_world
+from saekit.planning.other_ways import SIZES_FACT
+from saekit.planning.outline import of_outline, outlined_for
+from saekit.planning.plan import Plan, cannot_run, in_order
+from saekit.planning.sizes import Sizes, devices_of
+from saekit.planning.text import counted_unread, look_at_texts, no_contexts
+from saekit.planning.times import Stopwatch
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.checks import check_without_model, chosen_trackers, has_model
@@ -30,23 +42,11 @@ from saekit.runs.opening import (
     checked_ports,
     sites_by_option,
 )
-from saekit.runs.other_ways import SIZES_FACT
 from saekit.runs.parts import make_evals, make_schedule
-from saekit.runs.planned import Plan, cannot_run, in_order
-from saekit.runs.planned_duration import TimedRun
-from saekit.runs.planned_findings import Findings
-from saekit.runs.planned_lanes import PlannedLane, open_lanes
-from saekit.runs.planned_members import PlannedMember, training_doubts, training_text
-from saekit.runs.planned_memory import Verdict, free_disk, free_memory, process_text, verdict
-from saekit.runs.planned_mesh import planned_world
-from saekit.runs.planned_outline import of_outline, outlined_for
-from saekit.runs.planned_sizes import Sizes, devices_of
-from saekit.runs.planned_text import counted_unread, look_at_texts, no_contexts
-from saekit.runs.planned_time import Stopwatch
 from saekit.runs.setup import sae_options
 from saekit.runs.spreading import check_spreads
 from saekit.runs.sweep import check_together, member_names
-from saekit.runs.working_memory import resident, resident_peak
+from saekit.runs.working_memory import free_memory, resident, resident_peak
 from saekit.status import Status
 from saekit.values import Ports
 

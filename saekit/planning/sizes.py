@@ -17,17 +17,17 @@ from saekit.distributed.costs import Mesh
 from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, EVALS
+from saekit.planning.cache import cache_sites, cached_contexts, cached_rows, plan_cache
+from saekit.planning.findings import Findings, of_all
+from saekit.planning.lanes import PlannedLane, held_bytes, recipe_seconds, recipe_text
+from saekit.planning.members import PlannedMember, here_of, longest_of
+from saekit.planning.memory import Memory, Need, Of, free_disk
+from saekit.planning.mesh import facts_of_layout, facts_of_mesh
+from saekit.planning.sae_sizes import SAESizes, device_of, eval_prompts, site_facts, training_device
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import check_context_size, check_hooks, open_stream
-from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
-from saekit.runs.planned_findings import Findings, of_all
-from saekit.runs.planned_lanes import PlannedLane, held_bytes, recipe_seconds, recipe_text
-from saekit.runs.planned_members import PlannedMember, here_of, longest_of
-from saekit.runs.planned_memory import Memory, Need, Of, free_disk
-from saekit.runs.planned_mesh import facts_of_layout, facts_of_mesh
-from saekit.runs.planned_sae import SAESizes, device_of, eval_prompts, site_facts, training_device
 from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
 from saekit.site import Site

@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping, Sequence
 import attrs
 
 from saekit.errors import DataError
+from saekit.planning.lanes import PlannedLane
+from saekit.planning.members import PlannedMember
+from saekit.planning.stepped import Stepped
 from saekit.plugins.manager import PluginManager
-from saekit.runs.planned_lanes import PlannedLane
-from saekit.runs.planned_members import PlannedMember
-from saekit.runs.stepped import Stepped
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Kind", "Kinds"]

@@ -16,12 +16,12 @@ from saekit.data.activations import check_contexts
 from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text
 from saekit.errors import SaekitError
+from saekit.planning.findings import Findings, of_all
+from saekit.planning.lanes import PlannedLane
 from saekit.protocols import ModelBackend
 from saekit.runs.counting import Counted, Used
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import repeated
-from saekit.runs.planned_findings import Findings, of_all
-from saekit.runs.planned_lanes import PlannedLane
 
 __all__ = ["TextFindings", "counted_unread", "look_at_texts", "no_contexts", "text_length"]
 
@@ -51,7 +51,7 @@ class _Attempt(Protocol):
 
 @attrs.frozen
 class TextFindings:
-    """For :class:`saekit.runs.plan.Plan`."""
+    """For :class:`saekit.planning.planner.Plan`."""
 
     facts: dict[str, str] = attrs.field(factory=dict)
     warnings: list[str] = attrs.field(factory=list)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import attrs
 
 from saekit.distributed.world import World
-from saekit.runs.planned_lanes import PlannedLane
-from saekit.runs.planned_time import Served, ran_ahead
-from saekit.runs.stepped import Rehearsed
+from saekit.planning.lanes import PlannedLane
+from saekit.planning.stepped import Rehearsed
+from saekit.planning.times import Served, ran_ahead
 
 __all__ = ["Batches"]
 

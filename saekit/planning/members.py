@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import attrs
 
 from saekit.config import SAEConfig, TrainConfig, TrainingConfig
+from saekit.planning.findings import of_all
 from saekit.plugins.manager import PluginManager
-from saekit.runs.planned_findings import of_all
 from saekit.runs.sweep import spelled_out
 from saekit.training.elsewhere import dealt_out
 from saekit.values import Ports

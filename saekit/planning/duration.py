@@ -17,19 +17,18 @@ from saekit.data.activations import is_out_of_memory
 from saekit.devices import free_memory
 from saekit.distributed.world import World
 from saekit.errors import ConfigError, DataError, SaekitError
-from saekit.plugins.manager import PluginManager
-from saekit.protocols import Eval, ModelBackend
-from saekit.reasons import reason
-from saekit.runs.other_backends import told_of_other_forwards, told_of_others
-from saekit.runs.other_ways import SIZES_FACT, told_of_ways
-from saekit.runs.planned_batches import Batches
-from saekit.runs.planned_findings import of_all
-from saekit.runs.planned_lanes import PlannedLane
-from saekit.runs.planned_members import PlannedMember
-from saekit.runs.planned_sae import training_device
-from saekit.runs.planned_sizes import Sizes
-from saekit.runs.planned_steps import Kinds
-from saekit.runs.planned_time import (
+from saekit.planning.batches import Batches
+from saekit.planning.findings import of_all
+from saekit.planning.kinds import Kinds
+from saekit.planning.lanes import PlannedLane
+from saekit.planning.members import PlannedMember
+from saekit.planning.other_backends import told_of_other_forwards, told_of_others
+from saekit.planning.other_ways import SIZES_FACT, told_of_ways
+from saekit.planning.rehearsal import Deadline, FirstRows, ForwardStage
+from saekit.planning.sae_sizes import training_device
+from saekit.planning.sizes import Sizes
+from saekit.planning.stepped import Rehearsed
+from saekit.planning.times import (
     Measured,
     Stopwatch,
     Times,
@@ -39,9 +38,10 @@ from saekit.runs.planned_time import (
     timed_pictures,
     timed_writing,
 )
-from saekit.runs.planned_trial import Trial
-from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage
-from saekit.runs.stepped import Rehearsed
+from saekit.planning.trial import Trial
+from saekit.plugins.manager import PluginManager
+from saekit.protocols import Eval, ModelBackend
+from saekit.reasons import reason
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.working_memory import resident_peak
 from saekit.site import Sites

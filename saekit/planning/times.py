@@ -20,11 +20,11 @@ from torch import Tensor
 from saekit.config import TrainConfig
 from saekit.evals.calling import Asked, all_called
 from saekit.files.tensors import save_tensors
+from saekit.planning.memory import standing_place
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reports.folder import read_run
 from saekit.reports.pictures import pictures_after
-from saekit.runs.planned_memory import standing_place
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
 from saekit.runs.timing import duration_text

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -104,7 +104,15 @@ def train(
 
 def _sources(cfg: ConfigSource | list[Any] | tuple[Any, ...]) -> tuple[bool, Sequence[Any]]:
     """Whether ``cfg`` is one configuration, and those that it is or lists."""
-    return (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
+    if isinstance(cfg, (TrainConfig, Mapping, str, Path)):
+        return True, [cfg]
+    if not isinstance(cfg, (list, tuple)):
+        hint = "; put what it gives into a list" if isinstance(cfg, Iterable) else ""
+        raise ConfigError(
+            "expected a TrainConfig, a dict or the path of a configuration file, or a list of those, found "
+            f"{type(cfg).__qualname__}{hint}"
+        )
+    return False, cfg
 
 
 def resume(

@@ -115,6 +115,27 @@ class TimedRun:
             return
         deadline, kinds = Deadline(), Kinds(lanes, self.counted.here, self.plugins)
         batches, trials = Batches(lanes, self.world), list[Trial]()
+        try:
+            if not self._trials(lanes, kinds, batches, trials, schedules, deadline):
+                return
+            left = self._tried(kinds.estimate)
+        finally:
+            self._tell_of_steps(kinds, trials)
+        if left is None:
+            return
+        measured = self._measuring(kinds, evals, deadline)
+        self._put_together(kinds, batches, measured, left)
+
+    def _trials(
+        self,
+        lanes: Sequence[PlannedLane],
+        kinds: Kinds,
+        batches: Batches,
+        trials: list[Trial],
+        schedules: Mapping[str, ComposedSchedule],
+        deadline: Deadline,
+    ) -> bool:
+        """A few batches of each of ``lanes`` that says something new; whether all could be made."""
         for lane in lanes:
             chosen = kinds.to_try(lane)
             if not chosen or (trials and deadline.passed):
@@ -122,15 +143,10 @@ class TimedRun:
             trials.append(Trial(lane, self.plugins, self.world, self.corpus, self.backend))
             found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / len(lanes))
             if found is None:
-                return
+                return False
             kinds.note(lane, trials[-1].tried(found))
             batches.note(lane, found)
-        left = self._tried(kinds.estimate)
-        if left is None:
-            return
-        self._tell_of_steps(kinds, trials)
-        measured = self._measuring(kinds, evals, deadline)
-        self._put_together(kinds, batches, measured, left)
+        return True
 
     def _tried(self, work: Callable[[], _T], *, refuses: bool = False) -> _T | None:
         """``work()``, or None where it fails: that is a warning, since the run has what the plan may not.
@@ -212,14 +228,13 @@ class TimedRun:
             self.peak = max(self.peak or 0.0, peak + self.missing)
 
     def _tell_of_steps(self, kinds: Kinds, trials: Sequence[Trial]) -> None:
-        """How steps are made, and what the first ones show."""
+        """How steps are made, and what the first ones show, of the SAEs that came to that and those like them."""
         paths = {name: path for trial in trials for name, path in trial.paths.items()}
         names = [member.name for member in self.counted.here]
-        told = {
-            member.name: paths[trainer.name]
-            for member in self.counted.here
-            for trainer in kinds.of(member).trainers[:1]
-        }
+        told: dict[str, str] = {}
+        for member in self.counted.here:
+            if alike := [one.name for one in (member, *kinds.of(member).members) if one.name in paths]:
+                told[member.name] = paths[alike[0]]
         if told:
             self.facts["SAE step"] = of_all(told, names)
         texts = {name: text for trial in trials for name, text in trial.silent_texts.items()}

@@ -72,7 +72,7 @@ class Findings:
         self.names = tuple(names)
         self._problems: dict[str, dict[str, None]] = {}
         self._doubts: dict[str, dict[str, None]] = {}
-        self._whose: dict[int, Collection[str]] = {}
+        self._whose: tuple[SaekitError, Collection[str]] | None = None
 
     def attempt(self, work: Callable[[], _T], of: Collection[str] = ()) -> _T | None:
         """``work()``, which is for the SAEs ``of`` these names, by default all; None with its error among the
@@ -80,7 +80,8 @@ class Findings:
         try:
             return work()
         except SaekitError as error:
-            of = of or self._whose.pop(id(error), ())
+            whose, self._whose = self._whose, None
+            of = of or (whose[1] if whose is not None and whose[0] is error else ())
             for path, message in problems_of(error):
                 self._note(self._problems, f"{path}: {message}" if path else message, of)
         return None
@@ -91,7 +92,7 @@ class Findings:
         try:
             yield
         except SaekitError as error:
-            self._whose[id(error)] = names
+            self._whose = error, names
             raise
 
     def doubt(self, *texts: str, of: Collection[str] = ()) -> None:

@@ -58,6 +58,11 @@ class PlannedLane:
         """Its source, which the caller closes."""
         return open_source(self.longest.config, plugins, self.stream)
 
+    def close(self) -> None:
+        """Its source, where there is one."""
+        if self.source is not None:
+            self.source.close()
+
     def widths(self) -> Mapping[Site, int]:
         """Of its sites."""
         return self.stream.widths if self.source is None else widths_of(self.source, self.stream)

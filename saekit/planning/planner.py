@@ -15,6 +15,7 @@ from saekit.ambient import ambient
 from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.devices import resolve_device
+from saekit.distributed.launched import check_layout
 from saekit.errors import SaekitError
 from saekit.kernels.workspace import SHARED
 from saekit.kinds import ACTIVATION_SOURCES, SAE_ARCHITECTURES
@@ -171,9 +172,11 @@ class _Planner:
             lanes = self.found.attempt(lambda: self.open_lanes(self.members, corpus, backend))
             if lanes is None:
                 return
-            for lane in lanes if there else ():
-                lane.source = self.found.attempt(functools.partial(lane.opened, self.plugins), of=lane.names)
-        try:
+        with contextlib.ExitStack() as opened:
+            with self.opening():
+                for lane in lanes if there else ():
+                    lane.source = self.found.attempt(functools.partial(lane.opened, self.plugins), of=lane.names)
+                    opened.callback(lane.close)
             self.texts(lanes, corpus, backend)
             if not there or not self.ports(lanes, backend):
                 return
@@ -187,10 +190,6 @@ class _Planner:
                 say.line(f"counted so far: {self.plan().verdict}")
                 say("trying a few batches")
                 self.found.attempt(lambda: self.duration(lanes, corpus, backend))
-        finally:
-            for lane in lanes:
-                if lane.source is not None:
-                    lane.source.close()
 
     # ---- what needs neither the model nor the text
 
@@ -199,7 +198,8 @@ class _Planner:
         whole = len(self.members) > 1
         self.training()
         self.found.attempt(lambda: self.check_folder(alone=not whole))
-        self.found.attempt(lambda: check_spreads(self.configs, self.world if whole else self.world.column))
+        if self.world.saes.size > 1 and whole:
+            self.found.attempt(lambda: check_layout(self.config.distributed, len(self.configs)))
         for member in self.members:
             self.early_of(member, load=load)
 
@@ -225,6 +225,7 @@ class _Planner:
         if load:  # else it may be planned for another machine
             attempt(lambda: resolve_device(config.training.device, "training.device", member.options.dtype))
         attempt(lambda: check_without_model(config, plugins))
+        attempt(lambda: check_spreads([config], self.world.column))
         attempt(lambda: chosen_trackers(config, plugins))
         found = attempt(lambda: sae_options(config, plugins))
         member.refused = found is None
@@ -362,16 +363,15 @@ class _Planner:
             return
         if told and (text := counted_unread(lanes, corpus)):
             self.facts["tokens"] = text
-        for lane in lanes:
-            lane.stream.contexts = lane.stream.own.contexts = no_contexts(outline, corpus)
-            if self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text:
-                with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
-                    lane.source = lane.opened(self.plugins)
-        if self.ports(lanes, outline):
-            self.sizes(members, lanes, corpus, outline)
-        for lane in lanes:
-            if lane.source is not None:
-                lane.source.close()
+        with contextlib.ExitStack() as opened:
+            for lane in lanes:
+                lane.stream.contexts = lane.stream.own.contexts = no_contexts(outline, corpus)
+                if self.plugins.find(ACTIVATION_SOURCES, lane.longest.config.activations.source).entry.needs_text:
+                    with contextlib.suppress(SaekitError):  # with the text, it says what is wrong
+                        lane.source = lane.opened(self.plugins)
+                opened.callback(lane.close)
+            if self.ports(lanes, outline):
+                self.sizes(members, lanes, corpus, outline)
 
     def duration(self, lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend) -> None:
         """Seconds, from a few forwards (or reads), steps and contexts that are measured."""
@@ -386,8 +386,10 @@ class _Planner:
             alone=not self.passed,
             measure=self.measure,
         )
-        timed.time(lanes, self.schedules, self.evals, any(lane.reads for lane in lanes))
-        self.peak = timed.peak
-        self.numbers |= self.counted.numbers | timed.numbers
-        self.facts |= self.counted.facts | timed.facts
-        self.found.doubt(*timed.warnings)
+        try:
+            timed.time(lanes, self.schedules, self.evals, any(lane.reads for lane in lanes))
+        finally:  # what is known before a step is refused is worth telling
+            self.peak = timed.peak
+            self.numbers |= self.counted.numbers | timed.numbers
+            self.facts |= self.counted.facts | timed.facts
+            self.found.doubt(*timed.warnings)

@@ -301,7 +301,10 @@ def test_findings_are_of_those_that_have_them() -> None:
             failing(("w", "is 5"))()
 
     found.attempt(of_one)
+    with pytest.raises(saekit.ConfigError), found.about(["a"]):
+        failing(("v", "is 6"))()
+    found.attempt(failing(("v", "is 7")))
     found.doubt("odd", of=["c"])
     found.doubt("all")
-    assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4", "c: w: is 5"]
+    assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4", "c: w: is 5", "v: is 7"]
     assert found.warnings == ["c: odd", "all"]

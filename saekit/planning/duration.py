@@ -114,7 +114,7 @@ class TimedRun:
             self.facts["duration"] = "not measured: the SAE is not as wide as its activations"
             return
         deadline, kinds = Deadline(), Kinds(lanes, self.counted.here, self.plugins)
-        batches, trials = Batches(lanes, self.world), list[Trial]()
+        batches, trials = Batches(lanes, self.world, self.counted.context_bytes), list[Trial]()
         try:
             if not self._trials(lanes, kinds, batches, trials, schedules, deadline):
                 return
@@ -141,7 +141,7 @@ class TimedRun:
             if not chosen or (trials and deadline.passed):
                 continue
             trials.append(Trial(lane, self.plugins, self.world, self.corpus, self.backend))
-            found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / len(lanes))
+            found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / kinds.lanes_to_try(lanes))
             if found is None:
                 return False
             kinds.note(lane, trials[-1].tried(found))
@@ -272,9 +272,9 @@ class TimedRun:
             self.counted.forget_copies()
         times = attrs.evolve(times, copies=copies * timed_copy(self.counted.numbers.get("checkpoint_bytes", 0.0)))
         self.numbers |= times.numbers()
-        if (per_row := batches.per_model_row) is not None:
-            self.counted.time_recipe(per_row)
-        what = "reading activations" if per_row is None else "the model"
+        if batches.runs_model:
+            self.counted.time_recipe(batches.per_forward)
+        what = "the model" if batches.runs_model else "reading activations"
         on = f"timed on {batches.timed_on} and {kinds.timed_on(len(self.counted.here), estimated)}"
         several = len(self.counted.members) > 1
         self.facts["duration"] = times.text(what, messages=self.world.size > 1, on=on, several=several)

@@ -109,6 +109,16 @@ class Kinds:
             chosen = [lane.members[0]]
         return chosen
 
+    def lanes_to_try(self, lanes: Sequence[PlannedLane]) -> int:
+        """About how many of ``lanes`` say something new: those with a kind of SAE, or batches, that none before has."""
+        seen: dict[object, None] = {}
+        found = 0
+        for lane in lanes:
+            own = [lane.timed_alike, *(id(kind) for one in lane.members if (kind := self.of(one)) in self.all)]
+            found += any(one not in seen for one in own)
+            seen |= dict.fromkeys(own)
+        return max(found, 1)
+
     def note(self, lane: PlannedLane, found: Mapping[str, tuple[SAETrainer, float, Stepped]]) -> None:
         """What came of those of ``lane``, by name: with the seconds that their first weights took."""
         self._tried[lane.timed_alike] = None

@@ -90,9 +90,14 @@ class PlannedLane:
         return self.source is None or reads(self.stream)
 
     @property
+    def rows_per_context(self) -> int:
+        """That count, at most."""
+        return self.stream.rows_per_context(self.context_size)
+
+    @property
     def rows_per_forward(self) -> int:
         """Rows of one forward of the source, at most."""
-        return self.counted.source.contexts * self.stream.rows_per_context(self.context_size)
+        return self.counted.source.contexts * self.rows_per_context
 
     @property
     def forwards_at_once(self) -> int:
@@ -108,7 +113,13 @@ class PlannedLane:
     @property
     def timed_alike(self) -> object:
         """The same for lanes whose rows take as long."""
-        return (True, self.counted.source.contexts) if self.reads else (False, self.stream.batch_size)
+        if self.reads:
+            tokens = self.longest.config.tokens
+            return True, self.counted.source.contexts, self.rows_per_context, tokens if tokens.chooses else None
+        # What is read is told by all that says where it is from, but for its order.
+        config = self.longest.config
+        widths = sorted(port for member in self.members if member.ports for port in member.ports.inputs.values())
+        return False, self.stream.batch_size, repr(config.activations.source), (*self.stream.sites,), (*widths,)
 
     def count(self, processes: int) -> None:
         """Count its batches, each of which so many ``processes`` share."""
@@ -177,11 +188,17 @@ def held_bytes(lanes: Sequence[PlannedLane], backend: ModelBackend) -> int:
     return sum(value.nbytes for value in held.values()) * lanes[0].context_size // tokens.numel()
 
 
-def recipe_text(lanes: Sequence[PlannedLane], *, chosen: bool, each: bool, per_row: float | None = None) -> str:
+def recipe_text(
+    lanes: Sequence[PlannedLane],
+    *,
+    chosen: bool,
+    each: bool,
+    per_forward: Callable[[PlannedLane], float] | None = None,
+) -> str:
     """What checkpoints have of the rows of ``lanes``, or would have; empty where there is no choice.
 
-    ``chosen``: whether they have recipes; ``each``: whether each of several processes has as much; ``per_row``: seconds
-    that the model takes for a row.
+    ``chosen``: whether they have recipes; ``each``: whether each of several processes has as much; ``per_forward``:
+    seconds of a forward for a lane.
     """
     able = [lane for lane in lanes if lane.counted.recipe[1]]
     if not able:
@@ -192,9 +209,9 @@ def recipe_text(lanes: Sequence[PlannedLane], *, chosen: bool, each: bool, per_r
         f"{bytes_text(rows)}{' of each process' * each} as rows; about {bytes_text(recipe)} as a recipe ({choice}), "
         f"and about {sum(lane.counted.recipe[1] for lane in able):,} forwards to go on from it"
     )
-    return text if per_row is None else f"{text}, {duration_text(recipe_seconds(able, per_row))}"
+    return text if per_forward is None else f"{text}, {duration_text(recipe_seconds(able, per_forward))}"
 
 
-def recipe_seconds(lanes: Sequence[PlannedLane], per_row: float) -> float:
+def recipe_seconds(lanes: Sequence[PlannedLane], per_forward: Callable[[PlannedLane], float]) -> float:
     """For which the model computes the rows of recipes again."""
-    return sum(per_row * lane.rows_per_forward * lane.counted.recipe[1] for lane in lanes)
+    return sum(per_forward(lane) * lane.counted.recipe[1] for lane in lanes if lane.counted.recipe[1])

@@ -62,6 +62,8 @@ class Sizes:
     """Bytes that the run folder grows to."""
     saes: dict[str, SAESizes] = attrs.field(factory=dict)
     """Of each SAE, by its name."""
+    context_bytes: int = attrs.field(default=0, init=False)
+    """What hooks hold of one context, where lanes share forwards."""
     here: Sequence[PlannedMember] = attrs.field(init=False)
     """The SAEs that one process trains: all, but where they are laid out over processes."""
 
@@ -163,16 +165,16 @@ class Sizes:
 
     # ---- batches and checkpoints
 
-    def _tell_of_recipes(self, per_row: float | None = None) -> None:
+    def _tell_of_recipes(self, per_forward: Callable[[PlannedLane], float] | None = None) -> None:
         chosen, several = self.config.checkpoints.buffer == "recipe", self.world.size > 1
-        if text := recipe_text(self.lanes, chosen=chosen, each=several, per_row=per_row):
+        if text := recipe_text(self.lanes, chosen=chosen, each=several, per_forward=per_forward):
             self.facts["buffer in checkpoints"] = text
             found = [lane.counted.recipe for lane in self.lanes]
             self.numbers |= {"recipe_bytes": sum(own for own, _ in found)}
             self.numbers |= {"recipe_forwards": sum(forwards for _, forwards in found)}
 
-    def time_recipe(self, seconds: float) -> None:
-        """Say how long it takes to go on from a recipe, where a row that the model makes takes so many ``seconds``."""
+    def time_recipe(self, seconds: Callable[[PlannedLane], float]) -> None:
+        """Say how long it takes to go on from a recipe, where a forward for a lane takes so many ``seconds``."""
         if self.numbers.get("recipe_forwards") and self.has_model:
             self.numbers["recipe_seconds"] = recipe_seconds(self.lanes, seconds)
             self._tell_of_recipes(seconds)
@@ -281,7 +283,8 @@ class Sizes:
         if len(needing) < 2:
             return 0
         contexts = max(lane.counted.source.contexts * lane.forwards_at_once for lane in needing)
-        self.numbers["kept_bytes"] = kept = min(contexts * held_bytes(needing, self.backend), MOST_KEPT)
+        self.context_bytes = held_bytes(needing, self.backend)
+        self.numbers["kept_bytes"] = kept = min(contexts * self.context_bytes, MOST_KEPT)
         return kept
 
     def _runs_model(self, lane: PlannedLane) -> bool:

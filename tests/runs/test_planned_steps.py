@@ -12,6 +12,7 @@ import saekit
 from saekit.abilities import SourceForwards
 from saekit.config.files import load_config
 from saekit.data import StreamContext
+from saekit.data.shared import MOST_KEPT
 from saekit.distributed.world import ALONE
 from saekit.errors import DataError, DivergedError
 from saekit.kinds import SAE_ARCHITECTURES
@@ -23,6 +24,7 @@ from saekit.planning.lanes import LaneSizes, PlannedLane
 from saekit.planning.members import PlannedMember, by_kind, here_of
 from saekit.planning.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
 from saekit.planning.stepped import Stepped
+from saekit.tokens import TokenChoice
 from saekit.training.firing import FiringStatistics
 from saekit.values import Batch, Ports
 
@@ -151,7 +153,7 @@ def member(name: str, d_in: int = 8, **sections: Any) -> PlannedMember:
     return PlannedMember(name, config, options, ports=Ports.of(config.sites, dict.fromkeys(config.sites.all, d_in)))
 
 
-def lane(*members: PlannedMember, contexts: int = 2, steps: int | None = None, ahead: bool = False) -> PlannedLane:
+def lane(*members: PlannedMember, contexts: int = 2, buffered: int = 4, ahead: bool = False) -> PlannedLane:
     config = members[0].config
     stream: Any = StreamContext(
         backend=SimpleNamespace(),
@@ -160,7 +162,7 @@ def lane(*members: PlannedMember, contexts: int = 2, steps: int | None = None, a
         seed=0,
         open_contexts=lambda: None,  # type: ignore[arg-type,return-value]
     )
-    counted = LaneSizes(SourceForwards(contexts=contexts, buffered=4, ahead=ahead, needed_line="a.b=c"))
+    counted = LaneSizes(SourceForwards(contexts=contexts, buffered=buffered, ahead=ahead, needed_line="a.b=c"))
     return PlannedLane(members, stream, 1024, None, counted)
 
 
@@ -262,7 +264,44 @@ def test_forwards_that_are_shared_count_once() -> None:
     facts, numbers = apart.forwards_told()
     assert numbers == {"forwards": 53}
     assert facts["forwards"].startswith("13 of 4,096 and 40 of 2,048 activations")
-    assert (together.cold, together.per_model_row, together.timed_on) == (2.0, 0.001, "7 forwards")
+    assert (together.cold, together.per_forward(lane(long)), together.timed_on) == (2.0, 2.048, "7 forwards")
+
+
+FOUND = Rehearsed(step=1, late=1, cold=0, steps=5, per_row=0.001, shared=1.0, forwards=7)
+
+
+def test_forwards_of_which_fewer_rows_count_are_more_and_take_as_long() -> None:
+    """Of the second, a sixteenth of the rows of each context count."""
+    whole, some = lane(member("whole")), lane(member("some", training={"seed": 1}), buffered=64)
+    some.stream.choice = TokenChoice(seqpos_slice=(0, 64))
+    assert some.rows_per_forward * 16 == whole.rows_per_forward == 2048
+    both, alone = Batches([whole, some], ALONE), Batches([some], ALONE)
+    for batches in (both, alone):
+        batches.note(whole, FOUND)
+        assert batches.per_forward(some) == batches.per_forward(whole) == 2.048
+        assert batches.forwards_told()[1]["forwards"] == 320
+    assert both.seconds(1.0) == alone.seconds(1.0)
+    assert sum(alone.seconds(1.0)) == pytest.approx(2.048 * 320)
+
+
+def test_the_larger_of_two_buffers_is_filled() -> None:
+    small, large = lane(member("small")), lane(member("large", training={"seed": 1}), buffered=400)
+    both = Batches([small, large], ALONE)
+    both.note(small, FOUND)
+    assert both.seconds(1.0)[0] == pytest.approx(400 * 2.048)
+    assert both.forwards_told()[1] == {"forwards": 400}
+
+
+def test_forwards_for_which_there_is_no_room_are_made_again() -> None:
+    one, two = lane(member("one")), lane(member("two", training={"seed": 1}))
+    enough, half = Batches([one, two], ALONE, MOST_KEPT / 8), Batches([one, two], ALONE, MOST_KEPT / 4)
+    for batches in (enough, half):
+        batches.note(one, FOUND)
+    made = enough.forwards_told()[1]["forwards"]
+    assert enough.forwards_told()[0]["forwards"].count("again") == 0
+    assert half.forwards_told()[1]["forwards"] == made + 2, "of four that fill the buffer two are kept"
+    assert ", and about 2 again, since no more than 4 GB of them wait" in half.forwards_told()[0]["forwards"]
+    assert sum(half.seconds(1.0)) == pytest.approx(sum(enough.seconds(1.0)) + 2 * 2.048)
 
 
 # ---- words

@@ -213,14 +213,18 @@ class TimedRun:
         found, peak = rehearsed
         self.logged = self.logged or trial.logged
         # What is mixed is less here than in the run, and SAEs are fewer.
-        there = {trainer.name for one in trials for trainer in one.trainers}
-        absent = [one for one in self.counted.here if one.name not in there]
         buffers = sum(size for device, size in self.counted.buffers.items() if _on_cpu(device))
         mixed = found.held if _on_cpu(self.counted.place_of(lane)) else 0
-        saes = sum(self.counted.saes[one.name].trained for one in absent if _on_cpu(training_device(one)))
-        self.missing = max(buffers - mixed, 0.0) + saes + self.counted.kept_on_cpu
+        there = {trainer.name for one in trials for trainer in one.trainers}
+        tried = [one for one in self.counted.members if one.name in there]
+        absent = self._bytes_on_cpu(self.counted.here) - self._bytes_on_cpu(tried)
+        self.missing = max(buffers - mixed, 0.0) + max(absent, 0.0) + self.counted.kept_on_cpu
         self._note(peak)
         return found
+
+    def _bytes_on_cpu(self, members: Sequence[PlannedMember]) -> float:
+        """What training ``members`` takes there."""
+        return sum(self.counted.saes[one.name].trained for one in members if _on_cpu(training_device(one)))
 
     def _note(self, peak: float | None) -> None:
         """``peak``: the most bytes that this process had while it did a part of a run, without what is missing."""

@@ -55,27 +55,21 @@ class Kind:
 
     @property
     def cold(self) -> float:
-        """What first steps took beyond the others."""
-        return _for_all([one.cold for one in self.timed], len(self.members))
+        """What first steps took beyond the others: the first one tried makes what is made once, and only where there
+        is a second is it known what each takes for itself."""
+        colds = [] if self.estimated else [one.cold for one in self.timed]
+        return sum(colds[:1]) + sum(colds[-1:]) * (len(self.members) - 1) * (len(colds) > 1)
 
     @property
     def first_weights(self) -> float:
         """Seconds until all have some."""
-        return _for_all(self.weights, len(self.members))
+        return sum(self.weights[:1]) + sum(self.weights[-1:]) * (len(self.members) - 1)
 
     def as_others(self, other: Kind) -> None:
         """Take it that steps take as long as those of ``other``, by what is computed in them."""
         times, self.estimated = self.size / other.size, True
-        self.weights = self.weights or [times * seconds for seconds in other.weights]
-        self.stepped = [
-            attrs.evolve(one, step=times * one.step, late=times * one.late, cold=times * one.cold)
-            for one in other.timed
-        ]
-
-
-def _for_all(found: Sequence[float], number: int) -> float:
-    """Of so many what the first takes, and of each other what the last that was tried took."""
-    return found[0] + (number - 1) * found[-1] if number else 0.0
+        self.weights = self.weights or [times * seconds for seconds in other.weights[-1:]]
+        self.stepped = [attrs.evolve(one, step=times * one.step, late=times * one.late) for one in other.timed]
 
 
 class Kinds:
@@ -84,7 +78,7 @@ class Kinds:
     def __init__(self, lanes: Sequence[PlannedLane], here: Collection[PlannedMember], plugins: PluginManager) -> None:
         self._of: dict[str, Kind] = {}
         by_key: dict[str, Kind] = {}
-        self._tried: dict[object, None] = {}
+        self._seen: dict[object, None] = {}
         names = {member.name for member in here}
         for lane in lanes:
             for member in lane.members:
@@ -99,14 +93,16 @@ class Kinds:
         return self._of[member.name]
 
     def to_try(self, lane: PlannedLane) -> list[PlannedMember]:
-        """Of ``lane``, those that are tried, if no others were that they are like, and no such batches were made."""
+        """Of ``lane``, those that are tried, if no others were that they are like, and no such batches were made: of
+        each kind one, and then another of each."""
         kinds: dict[int, list[PlannedMember]] = {}
-        for member in lane.members:
-            if (kind := self.of(member)) in self.all and not kind.trainers:
+        here = [member for member in lane.members if member in self.of(member).members]
+        for member in here:
+            if not (kind := self.of(member)).trainers:
                 kinds.setdefault(id(kind), []).append(member)
-        chosen = [member for own in kinds.values() for member in own[:_OF_EACH]]
-        if not chosen and lane.timed_alike not in self._tried:
-            chosen = [lane.members[0]]
+        chosen = [own[number] for number in range(_OF_EACH) for own in kinds.values() if number < len(own)]
+        if not chosen and lane.timed_alike not in self._seen:
+            chosen = [*here, *lane.members][:1]
         return chosen
 
     def lanes_to_try(self, lanes: Sequence[PlannedLane]) -> int:
@@ -121,7 +117,7 @@ class Kinds:
 
     def note(self, lane: PlannedLane, found: Mapping[str, tuple[SAETrainer, float, Stepped]]) -> None:
         """What came of those of ``lane``, by name: with the seconds that their first weights took."""
-        self._tried[lane.timed_alike] = None
+        self._seen[lane.timed_alike] = None
         for member in lane.members:
             if member.name in found:
                 kind, (trainer, weights, stepped) = self.of(member), found[member.name]

@@ -17,7 +17,7 @@ from saekit.values import Ports
 if TYPE_CHECKING:
     from saekit.sae.module import SAEModule
 
-__all__ = ["PlannedMember", "by_kind", "here_of", "longest_of", "training_doubts", "training_text"]
+__all__ = ["PlannedMember", "here_of", "longest_of", "training_doubts", "training_text"]
 
 _NO_COST = (
     "model.", "dataset.", "site.", "inputs", "targets", "tokens.", "activations.source", "activations.cache",
@@ -48,11 +48,11 @@ class PlannedMember:
     def kind(self, plugins: PluginManager) -> str:
         """The same text for all that have the same sizes, and steps that take as long.
 
-        That is taken to be so where nothing differs but fractions, such as coefficients and learning rates (0 and 1
-        may be none); seeds; and sites of the same widths.
+        That is taken to be so where nothing differs but learning rates and coefficients (0 and 1 may be none), seeds,
+        and sites of the same widths.
         """
         said = {
-            path: "a fraction" if isinstance(value, float) and value not in (0.0, 1.0) else value
+            path: "some" if _is_factor(path, value) else value
             for path, value in spelled_out(self.config, plugins).items()
             if not path.startswith(_NO_COST)
         }
@@ -61,6 +61,11 @@ class PlannedMember:
         sizes = [*ports.inputs.values()], [*ports.targets.values()], ports.same, self.options.features(ports.d_in)
         return repr((sizes, said))
 
+    def measured(self, plugins: PluginManager) -> str:
+        """The same text for all of a kind that are measured by the same evals on as many contexts."""
+        said = {path: value for path, value in spelled_out(self.config, plugins).items() if path.startswith("evals.")}
+        return repr((self.kind(plugins), {**said, "evals.every_n_steps": None}))
+
     @property
     def weights(self) -> int:
         """How many numbers its encoder and its decoder have together."""
@@ -68,12 +73,10 @@ class PlannedMember:
         return int(self.options.features(self.ports.d_in)) * (self.ports.d_in + self.ports.d_out)
 
 
-def by_kind(members: Sequence[PlannedMember], plugins: PluginManager) -> dict[str, list[PlannedMember]]:
-    """``members`` by :meth:`PlannedMember.kind`, in their order."""
-    found: dict[str, list[PlannedMember]] = {}
-    for member in members:
-        found.setdefault(member.kind(plugins), []).append(member)
-    return found
+def _is_factor(path: str, value: object) -> bool:
+    """Whether an option only says by how much something is multiplied.  Of other fractions, a step may take longer."""
+    name = path.rpartition(".")[2]
+    return isinstance(value, float) and value not in (0.0, 1.0) and (name == "lr" or name.endswith("_coefficient"))
 
 
 def here_of(members: Sequence[PlannedMember], groups: int) -> list[PlannedMember]:

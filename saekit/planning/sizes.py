@@ -116,12 +116,12 @@ class Sizes:
     # ---- the SAEs
 
     def _count_saes(self) -> bool:
-        """The sizes of each SAE, those of one kind once; whether all could be counted."""
+        """The sizes of each SAE, those that are alike once; whether all could be counted."""
         kinds: dict[str, SAESizes | None] = {}
         for lane in self.lanes:
             shares = lane.source is not None and shares_rows(lane.source)
             for member in lane.members:
-                kind, size = f"{shares} {member.kind(self.plugins)}", self.corpus.context_size
+                kind, size = f"{shares} {member.measured(self.plugins)}", self.corpus.context_size
                 if kinds.get(kind) is None:
                     given = member, self.plugins, self.world, self.backend, size, self.free
                     work = partial(SAESizes.of, *given, shares=shares)

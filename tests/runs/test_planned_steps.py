@@ -21,7 +21,7 @@ from saekit.planning.batches import Batches
 from saekit.planning.findings import Findings, of_all, of_some
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import LaneSizes, PlannedLane
-from saekit.planning.members import PlannedMember, by_kind, here_of
+from saekit.planning.members import PlannedMember, here_of
 from saekit.planning.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
 from saekit.planning.stepped import Stepped
 from saekit.tokens import TokenChoice
@@ -184,10 +184,22 @@ def test_what_is_alike() -> None:
         member("no aux", sae={"name": "topk", "k": 4, "d_sae": 32, "aux_loss_coefficient": 0.0}),
         member("optimizer", optimizer="signum"),
     ]
-    kinds = by_kind([base, *same, *other], PLUGINS)
-    assert [[one.name for one in own] for own in kinds.values()] == [
+    kinds = Kinds([lane(base, *same, *other)], [base, *same, *other], PLUGINS)
+    assert [[one.name for one in kind.members] for kind in kinds.all] == [
         ["base", *(one.name for one in same)], *([one.name] for one in other)
     ]  # fmt: skip
+    assert same[3].measured(PLUGINS) != base.measured(PLUGINS) == same[0].measured(PLUGINS)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "two"),
+    [("batchtopk", {"k": 8.0}, {"k": 24.0}), ("batchtopk", {"k": 8}, {"k": 1024}),
+     ("standard", {"lp_norm": 1.5}, {"lp_norm": 2.0})],
+)  # fmt: skip
+def test_not_all_fractions_are_alike(name: str, one: Any, two: Any) -> None:
+    """Of some architectures it depends on them how many numbers a step has, or what it computes."""
+    first, second = (member(str(own), sae={"name": name, "d_sae": 32} | own) for own in (one, two))
+    assert first.kind(PLUGINS) != second.kind(PLUGINS)
 
 
 def stepped(step: float, late: float, cold: float, steps: int = 5) -> Stepped:
@@ -199,7 +211,7 @@ def test_two_of_a_kind_stand_for_all() -> None:
     wide = member("wide", sae={"name": "topk", "k": 4, "d_sae": 64})
     whole = lane(*alike, wide)
     kinds = Kinds([whole], [*alike, wide], PLUGINS)
-    assert [one.name for one in kinds.to_try(whole)] == ["0", "1", "wide"]
+    assert [one.name for one in kinds.to_try(whole)] == ["0", "wide", "1"]
     trainer: Any = SimpleNamespace()
     kinds.note(whole, {"0": (trainer, 3.0, stepped(1, 2, 9)), "1": (trainer, 1.0, stepped(1.5, 2.5, 1)),
                        "wide": (trainer, 4.0, stepped(7, 7, 2))})  # fmt: skip
@@ -213,6 +225,21 @@ def test_two_of_a_kind_stand_for_all() -> None:
     assert kinds.timed_on(6, 0) == "15 steps of 3 of 6 SAEs"
 
 
+def test_what_only_the_first_step_takes_counts_once() -> None:
+    alike = [member(str(number), training={"lr": 0.1 + number}) for number in range(5)]
+    kinds = Kinds([lane(*alike)], alike, PLUGINS)
+    trainer: Any = SimpleNamespace()
+    kinds.note(lane(*alike), {"0": (trainer, 3.0, stepped(1, 1, 9)), "1": (trainer, 2.0, stepped(0, 0, 0, 0))})
+    (kind,) = kinds.all
+    assert (kind.cold, kind.first_weights) == (9, 3 + 4 * 2)
+
+
+def test_of_those_that_are_dealt_out_the_own_are_tried() -> None:
+    alike = [member(str(number), training={"lr": 0.1 + number}) for number in range(4)]
+    kinds = Kinds([lane(*alike)], alike[2:3], PLUGINS)
+    assert [one.name for one in kinds.to_try(lane(*alike))] == ["2"]
+
+
 def test_those_without_time_are_told_by_their_size() -> None:
     small, large = member("small"), member("large", sae={"name": "topk", "k": 4, "d_sae": 96})
     whole = lane(small, large)
@@ -224,6 +251,7 @@ def test_those_without_time_are_told_by_their_size() -> None:
     assert kinds.estimate() == 1
     assert [kind.step for kind in kinds.all] == [1, 3]
     assert kinds.all[1].first_weights == 5, "which were made"
+    assert [kind.cold for kind in kinds.all] == [1, 0], "what is made once"
     assert kinds.timed_on(2, 1) == (
         "5 steps of 1 of 2 SAEs; steps of 1 more, for which there was no time, by how much they compute"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -18,6 +17,7 @@ from saekit.devices import free_memory
 from saekit.distributed.world import World
 from saekit.errors import ConfigError, DataError, SaekitError
 from saekit.planning.batches import Batches
+from saekit.planning.evals import EvalTimes
 from saekit.planning.findings import of_all
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import PlannedLane
@@ -29,12 +29,10 @@ from saekit.planning.sae_sizes import training_device
 from saekit.planning.sizes import Sizes
 from saekit.planning.stepped import Rehearsed
 from saekit.planning.times import (
-    Measured,
     Stopwatch,
     Times,
     evals_of,
     timed_copy,
-    timed_eval,
     timed_pictures,
     timed_writing,
 )
@@ -44,7 +42,6 @@ from saekit.protocols import Eval, ModelBackend
 from saekit.reasons import reason
 from saekit.runs.supervised import SupervisedSource
 from saekit.runs.working_memory import resident_peak
-from saekit.site import Sites
 from saekit.training.schedule import ComposedSchedule
 from saekit.values import Histogram
 
@@ -123,8 +120,11 @@ class TimedRun:
             self._tell_of_steps(kinds, trials)
         if left is None:
             return
-        measured = self._measuring(kinds, evals, deadline)
-        self._put_together(kinds, batches, measured, left)
+        measured, unmeasured = self._evals(kinds, evals, deadline)
+        on = f"timed on {batches.timed_on} and {kinds.timed_on(len(self.counted.here), left)}"
+        if unmeasured:
+            on += f"; evals of {unmeasured} more, for which there was no time, by those of the others"
+        self._put_together(kinds, batches, measured, on)
 
     def _trials(
         self,
@@ -248,11 +248,9 @@ class TimedRun:
         for name, text in ((name, text) for trial in trials for name, text in trial.doubts):
             self.warnings.append(text if len(self.counted.members) == 1 else f"{name}: {text}")
 
-    def _put_together(
-        self, kinds: Kinds, batches: Batches, measured: tuple[float, float] | None, estimated: int
-    ) -> None:
-        """``measured``: seconds of all evals, and of those before the last step; None where that is not known.  Of so
-        many SAEs steps are ``estimated``."""
+    def _put_together(self, kinds: Kinds, batches: Batches, measured: tuple[float, float] | None, on: str) -> None:
+        """``measured``: seconds of all evals, and of those before the last step; None where that is not known.  ``on``:
+        what it was timed on, in words."""
         steps = sum(kind.steps for kind in kinds.all)
         filling, waiting = batches.seconds(steps)
         told, numbers = batches.forwards_told()
@@ -279,7 +277,6 @@ class TimedRun:
         if batches.runs_model:
             self.counted.time_recipe(batches.per_forward)
         what = "the model" if batches.runs_model else "reading activations"
-        on = f"timed on {batches.timed_on} and {kinds.timed_on(len(self.counted.here), estimated)}"
         several = len(self.counted.members) > 1
         self.facts["duration"] = times.text(what, messages=self.world.size > 1, on=on, several=several)
 
@@ -308,63 +305,17 @@ class TimedRun:
         self._note(peak)
         return seconds
 
-    def _measuring(
+    def _evals(
         self, kinds: Kinds, evals: Mapping[str, Mapping[str, Eval]], deadline: Deadline
-    ) -> tuple[float, float] | None:
-        """Seconds of all measurings, and of those before the last step; None where that cannot be told.
-
-        SAEs that are measured on the same contexts at the same steps share forwards.
-        """
-        groups: dict[object, list[PlannedMember]] = {}
-        for member in self.counted.here:
-            own = member.config.evals
-            if evals_of(member.config):
-                key = own.n_contexts, member.config.training.seed, member.config.tokens, own.every_n_steps
-                groups.setdefault((*key, member.config.training.steps), []).append(member)
-        known: dict[object, tuple[float, float]] = {}
-        whole = before = 0.0
-        for group in groups.values():
-            if self.world.size > 1 or not all(evals[member.name] for member in group):
-                return None
-            alike = frozenset(Counter(kinds.all.index(kinds.of(member)) for member in group).items())
-            same, cold = (group[0].config.evals.n_contexts, alike), 0.0
-            if same not in known:
-                found = self._measured(group, kinds, evals, deadline)
-                if found is None:
-                    return None
-                known[same], cold = found, found[1]
-            number, seconds = evals_of(group[0].config), known[same][0]
-            whole += number * seconds + cold
-            before += (number - 1) * seconds + cold if seconds and number > 1 else 0.0
-        return whole, before
-
-    def _measured(
-        self,
-        group: Sequence[PlannedMember],
-        kinds: Kinds,
-        evals: Mapping[str, Mapping[str, Eval]],
-        deadline: Deadline,
-    ) -> tuple[float, float] | None:
-        """Seconds of one measuring of all of ``group``, and what the first takes beyond."""
-        asked: list[Measured] = [
-            (trainer, _sites_for(member, trainer.sites), evals[member.name])
-            for member in group
-            for trainer in kinds.of(member).trainers[:1]
-        ]
-        if not asked:
-            return None
-        config, (trainer, _, own) = group[0].config, asked[0]
-        corpus = attrs.evolve(self.corpus, evals=config.evals)
-        contexts = corpus.held_out(self.backend, seed=0) if config.evals.reads_text else None
-        given = config, trainer, self.backend, own, contexts, deadline.left, asked[1:]
-        with self.counted.lanes[0].stream.model_lock:
-            try:
-                (seconds, cold), peak = resident_peak(lambda: timed_eval(*given))
-            except Exception as error:  # evals of plugins raise what they like, and the run itself goes on without
-                self.warnings.append(f"evals could not be timed: {reason(error)}")
-                return None
-        self._note(peak)
-        return seconds * len(group) / len(asked), cold
+    ) -> tuple[tuple[float, float] | None, int]:
+        """Seconds of all measurings, and of those before the last step, None where that cannot be told; and of how many
+        SAEs they are estimated."""
+        here = self.counted.here
+        if self.world.size > 1 and any(evals_of(member.config) for member in here):
+            return None, 0
+        warn, given = self.warnings.append, (self.plugins, self.corpus, self.backend, self.counted.lanes, kinds, evals)
+        found = EvalTimes(*given, warn=warn, note=self._note)
+        return found.seconds(here, deadline), found.estimated
 
     def _saving(self) -> float:
         """Seconds that are waited for the disk at the end; checkpoints before that are written behind the loop."""
@@ -390,12 +341,6 @@ class TimedRun:
                 self.facts |= told_of_ways(
                     config, self.plugins, self.backend, tokens, size, source, rows=rows, alone=self.alone
                 )
-
-
-def _sites_for(member: PlannedMember, tried: Sites) -> Sites:
-    """Where an SAE at the sites that were ``tried`` stands for ``member``: at its own, where each has one."""
-    own = member.config.sites
-    return own if len(own.inputs) == len(own.targets) == 1 else tried
 
 
 def _on_cpu(device: str) -> bool:

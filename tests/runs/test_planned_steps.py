@@ -16,8 +16,10 @@ from saekit.data.shared import MOST_KEPT
 from saekit.distributed.world import ALONE
 from saekit.errors import DataError, DivergedError
 from saekit.kinds import SAE_ARCHITECTURES
+from saekit.planning import evals as planned_evals
 from saekit.planning import rehearsal
 from saekit.planning.batches import Batches
+from saekit.planning.evals import EvalTimes, Measurings, measurings
 from saekit.planning.findings import Findings, of_all, of_some
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import LaneSizes, PlannedLane
@@ -375,3 +377,62 @@ def test_findings_are_of_those_that_have_them() -> None:
     found.doubt("all")
     assert found.problems == ["a and b: x.y: is 3", "a: more", "z: is 4", "c: w: is 5", "v: is 7"]
     assert found.warnings == ["c: odd", "all"]
+
+
+# ---- evals
+
+
+def names_of(found: list[Measurings]) -> dict[tuple[str, ...], tuple[int, int]]:
+    return {tuple(one.name for one in group.members): (group.number, group.before) for group in found}
+
+
+def test_measurings_are_those_of_the_run() -> None:
+    """In training of a lane, of those that are due after the same step; at the end of all on the same contexts."""
+    often, seldom = {"every_n_steps": 2, "n_contexts": 4}, {"every_n_steps": 4, "n_contexts": 4}
+    one, two = member("one", evals=often), member("two", evals=seldom)
+    other = member("other", evals=often | {"n_contexts": 8})
+    apart = member("apart", evals=often, training={"train_batch_size_tokens": 2048})
+    short = member("short", evals=often, training={"training_tokens": 4096 * 5})
+    end, none = member("end", evals={"n_contexts": 4}), member("none", evals={"run": []})
+    whole = [one, two, other, short, end, none]
+    found = names_of(measurings([lane(*whole), lane(apart)], [*whole, apart]))
+    assert found == {
+        ("one", "short"): (1, 1),  # after step 2
+        ("one", "two", "short"): (1, 1),  # 4
+        ("one",): (2, 1),  # 6, 10
+        ("one", "two"): (1, 1),  # 8
+        ("other",): (5, 4),
+        ("apart",): (10, 9),
+        ("two", "short", "end"): (1, 0),  # at the end those that were not measured after their last step
+    }
+
+
+def test_evals_that_differ_are_timed_by_themselves_while_there_is_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def timed(config: Any, trainer: Any, backend: Any, evals: Any, contexts: Any, left: float, beside: Any) -> Any:
+        seen.append(config.evals.n_contexts)
+        return 10.0 * len(seen), 1.0
+
+    monkeypatch.setattr(planned_evals, "timed_eval", timed)
+    monkeypatch.setattr(EvalTimes, "_contexts", lambda *given: None)
+    several = [member(str(n), evals={"n_contexts": n}) for n in (8, 4, 2)]
+    more = member("more", evals={"n_contexts": 8, "run": ["reconstruction"]}, training={"seed": 2})
+    whole = [lane(*several), lane(more)]
+    kinds = Kinds(whole, [*several, more], PLUGINS)
+    trainer: Any = SimpleNamespace(sites=several[0].config.sites)
+    kinds.note(whole[0], {"8": (trainer, 0.0, stepped(1, 1, 0))})
+    evals: Any = {one.name: {"any": None} for one in (*several, more)}
+
+    def times(left: float) -> tuple[Any, int]:
+        backend: Any = None
+        corpus: Any = None
+        own = EvalTimes(PLUGINS, corpus, backend, whole, kinds, evals, warn=seen.append, note=lambda peak: None)
+        deadline: Any = SimpleNamespace(left=left)
+        return own.seconds([*several, more], deadline), own.estimated
+
+    assert times(100.0) == ((10 + 20 + 30 + 40 + 4, 0), 0)
+    assert seen == [8, 4, 2, 8]
+    seen.clear()
+    assert times(0.0) == ((10 + 5 + 2.5 + 5 + 1, 0), 3), "by how much is measured"
+    assert seen == [8]

@@ -15,7 +15,7 @@ from support.tiny import run_config
 
 import saekit
 from saekit.data.shared import SharedForwards
-from saekit.planning import duration as planned_duration
+from saekit.planning import evals as planned_evals
 from saekit.planning import rehearsal
 from saekit.planning.sizes import Sizes
 from saekit.runs import run
@@ -290,13 +290,13 @@ def test_evals_of_a_sweep_share_their_forwards(tmp_path: Path, monkeypatch: pyte
         asked.append(1 + len(beside))
         return (100.0 * asked[-1], 5.0)
 
-    monkeypatch.setattr(planned_duration, "timed_eval", timed)
+    monkeypatch.setattr(planned_evals, "timed_eval", timed)
     monkeypatch.setattr(rehearsal, "_SECONDS", 0.1)
     often = {"evals": {"every_n_steps": 4}}
     found = planned(configs(tmp_path, {"sae": {"l1_coefficient": 7.0}}, *[often, often]))
-    # Those of the same lane after the same steps; of two that are measured after four steps, once more at the end.
-    assert asked == [4, 1, 2]
-    assert found.numbers["eval_seconds"] == 400 + 5 + 100 + 5 + 2 * 200 + 5
+    # At the end those of both lanes together; after four steps and after eight the two that are measured then.
+    assert asked == [5, 2]
+    assert found.numbers["eval_seconds"] == 500 + 5 + 2 * 200 + 5
 
 
 def test_when_the_time_is_over_no_further_sae_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

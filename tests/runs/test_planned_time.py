@@ -21,6 +21,7 @@ from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES
 from saekit.planning import duration as planned_duration
+from saekit.planning import evals as planned_evals
 from saekit.planning import other_ways
 from saekit.planning import times as planned_times
 from saekit.planning.memory import Memory, Need, Of
@@ -355,7 +356,7 @@ def test_evals_that_fail_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def failing(*given: Any) -> tuple[float, float]:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(planned_duration, "timed_eval", failing)
+    monkeypatch.setattr(planned_evals, "timed_eval", failing)
     found = saekit.plan(run_config(tmp_path, checkpoints={"folder": str(tmp_path), "every_minutes": 1000}))
     assert "evals could not be timed: no such thing" in found.warnings
     assert "eval_seconds" not in found.numbers
@@ -371,7 +372,7 @@ def test_a_verdict_counts_what_is_no_tensor() -> None:
 
 
 def test_evals_are_part_of_the_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned_duration, "timed_eval", lambda *given: (1000.0, 50.0))
+    monkeypatch.setattr(planned_evals, "timed_eval", lambda *given: (1000.0, 50.0))
     found = saekit.plan(run_config(tmp_path, evals={"every_n_steps": 4}))
     numbers = found.numbers
     assert numbers["eval_seconds"] == 2050

@@ -35,6 +35,10 @@ class Batches:
         """What batches of ``lane`` took."""
         self._found.setdefault(lane.timed_alike, (lane, found))
 
+    @property
+    def noted(self) -> bool:
+        return bool(self._found)
+
     def _of(self, lane: PlannedLane) -> Rehearsed:
         """As they were timed, or, where there was no time, as those of another lane: a context takes the model as long,
         however many of its rows count."""

@@ -15,7 +15,7 @@ from saekit.data import Corpus
 from saekit.data.activations import is_out_of_memory
 from saekit.devices import free_memory
 from saekit.distributed.world import World
-from saekit.errors import ConfigError, DataError, SaekitError
+from saekit.errors import ConfigError, DataError, DivergedError, SaekitError
 from saekit.planning.batches import Batches
 from saekit.planning.evals import EvalTimes
 from saekit.planning.findings import of_all
@@ -135,7 +135,11 @@ class TimedRun:
         schedules: Mapping[str, ComposedSchedule],
         deadline: Deadline,
     ) -> bool:
-        """A few batches of each of ``lanes`` that says something new; whether all could be made."""
+        """A few batches of each of ``lanes`` that says something new; whether all could be made.
+
+        SAEs that diverge are left out, unless all do.
+        """
+        diverged = False
         for lane in lanes:
             chosen = kinds.to_try(lane)
             if not chosen or (trials and deadline.passed):
@@ -144,8 +148,14 @@ class TimedRun:
             found = self._rehearsed(trials, kinds, chosen, schedules, deadline, 1 / kinds.lanes_to_try(lanes))
             if found is None:
                 return False
+            if isinstance(found, DivergedError):
+                diverged = True
+                continue
             kinds.note(lane, trials[-1].tried(found))
             batches.note(lane, found)
+        if diverged and not batches.noted:
+            self._untimed("all SAEs that were tried diverge")
+            return False
         return True
 
     def _tried(self, work: Callable[[], _T], *, refuses: bool = False) -> _T | None:
@@ -162,11 +172,14 @@ class TimedRun:
             if refused and not self._full:
                 raise
             why = "ran out of memory" if self._full else reason(error)
-        self.facts["duration"] = f"not measured: {why}"
-        self.warnings.append(f"the run could not be timed: {why}")
+        self._untimed(why)
         if self._full:
             free_memory()
         return None
+
+    def _untimed(self, why: str) -> None:
+        self.facts["duration"] = f"not measured: {why}"
+        self.warnings.append(f"the run could not be timed: {why}")
 
     @staticmethod
     def _first_rows(
@@ -193,7 +206,7 @@ class TimedRun:
         schedules: Mapping[str, ComposedSchedule],
         deadline: Deadline,
         share: float,
-    ) -> Rehearsed | None:
+    ) -> Rehearsed | DivergedError | None:
         """A few batches of the last of ``trials`` for those that are ``chosen`` of its lane, as the loop makes them;
         None: they cannot be timed."""
         trial, lane = trials[-1], trials[-1].lane
@@ -207,9 +220,18 @@ class TimedRun:
 
         if self._tried(lambda: trial.begin(first, chosen, schedules, about, deadline), refuses=True) is None:
             return None
-        rehearsed = self._tried(lambda: resident_peak(lambda: trial.rehearse(rows, first, deadline, share)))
-        if rehearsed is None:
-            return None
+
+        def rehearse() -> tuple[Rehearsed, float | None] | DivergedError:
+            try:
+                return resident_peak(lambda: trial.rehearse(rows, first, deadline, share))
+            except DivergedError as error:
+                if len(self.counted.members) == 1:
+                    raise
+                return error
+
+        rehearsed = self._tried(rehearse)
+        if rehearsed is None or isinstance(rehearsed, DivergedError):
+            return rehearsed
         found, peak = rehearsed
         self.logged = self.logged or trial.logged
         # What is mixed is less here than in the run, and SAEs are fewer.
@@ -247,6 +269,9 @@ class TimedRun:
             self.facts["silent at start"] = of_all(texts, names if len(texts) == len(names) else texts)
         for name, text in ((name, text) for trial in trials for name, text in trial.doubts):
             self.warnings.append(text if len(self.counted.members) == 1 else f"{name}: {text}")
+        if len(self.counted.members) > 1:
+            for name, text in ((name, text) for trial in trials for name, text in trial.diverged().items()):
+                self.warnings.append(f"{name}: {text}; its steps are not timed")
 
     def _put_together(self, kinds: Kinds, batches: Batches, measured: tuple[float, float] | None, on: str) -> None:
         """``measured``: seconds of all evals, and of those before the last step; None where that is not known.  ``on``:

@@ -144,5 +144,5 @@ class Kinds:
         if saes > 1:
             text += f" of {len(timed)} of {saes} SAEs" if len(timed) < saes else f" of all {saes} SAEs"
         if estimated:
-            text += f"; steps of {estimated} more, for which there was no time, by how much they compute"
+            text += f"; steps of {estimated} more, which were not timed, by how much they compute"
         return text

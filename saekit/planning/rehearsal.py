@@ -26,8 +26,13 @@ from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
 __all__ = [
-    "Deadline", "FirstRows", "ForwardStage", "Look", "Rehearsal", "Rehearsed", "part_added", "rehearsed",
-]  # fmt: skip
+    "Deadline",
+    "FirstRows",
+    "ForwardStage",
+    "Look",
+    "Rehearsal",
+    "rehearsed",
+]
 
 _LIMIT = 20.0  # seconds for all of it: what has begun is ended, and nothing else is begun
 _SPARE = 2.0  # seconds that the first step may take, for another to be made when that time is over
@@ -45,7 +50,8 @@ class Deadline:
     """When a plan stops to time what a run does, from its making on."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        self._end = time.perf_counter() + (_LIMIT if seconds is None else seconds)
+        self._seconds = _LIMIT if seconds is None else seconds
+        self._end = time.perf_counter() + self._seconds
 
     @property
     def left(self) -> float:
@@ -55,6 +61,11 @@ class Deadline:
     @property
     def passed(self) -> bool:
         return self.left <= 0
+
+    @property
+    def half_passed(self) -> bool:
+        """Whether no more than half of the time is left."""
+        return self.left <= self._seconds / 2
 
 
 class ForwardStage:
@@ -139,8 +150,8 @@ class Rehearsal:
         """The next of the trainer of this number: one that others have had before it, or a new one."""
         if len(self.steps[number]) == len(self.given):
             self._newest = self._next()
-        elif number and not self.steps[number] and self.deadline.passed:
-            raise StopIteration  # a first step of a further SAE would be the beginning of something else
+        elif number and self.deadline.passed and self._enough(number):
+            raise StopIteration  # the others of the round have theirs
         if self._newest is None:
             raise StopIteration  # those before it have had the last
         self._turn = number, time.perf_counter()
@@ -158,8 +169,16 @@ class Rehearsal:
         return batch
 
     def _late(self, rounds: Sequence[float]) -> bool:
-        """Whether the time of all is over, and what there is will do; a first step that was short says little."""
-        return self.deadline.passed and bool(rounds) and (len(rounds) >= 2 or rounds[0] > _SPARE)
+        """Whether the time of all is over, and what there is will do; a first step that was short says little.  Of
+        several SAEs, no round is begun that would not end in time."""
+        last = rounds[-1] if rounds and len(self.trainers) > 1 else 0.0
+        return self.deadline.left <= last and bool(rounds) and (len(rounds) >= 2 or rounds[0] > _SPARE)
+
+    def _enough(self, number: int) -> bool:
+        """Whether what there is of the trainer of this number will do when the time is over: none is begun, and one
+        more step is made after a first only where first steps were short."""
+        firsts = [own[0] for own in self.steps if own]
+        return len(self.steps[number]) != 1 or sum(firsts) > _SPARE
 
     def _batch(self) -> Batch:
         if self.buffer is None:
@@ -201,12 +220,11 @@ class Rehearsal:
         self.steps[number].append(time.perf_counter() - begun)
 
     def run(self) -> None:
-        """Until the time is over, or the run would be; :class:`DivergedError` as of the run."""
+        """Until the time is over, or the run would be; :class:`DivergedError` as of the run, if all diverge."""
         fit([Lane(_Turn(self, number), [trainer]) for number, trainer in enumerate(self.trainers)], [self])
-        for trainer in self.trainers:
-            if trainer.diverged is not None:
-                raise DivergedError(f"{trainer.name}: {trainer.diverged}" if len(self.trainers) > 1 else
-                                    trainer.diverged)  # fmt: skip
+        if all(trainer.diverged is not None for trainer in self.trainers):
+            whys = [one.diverged if len(self.trainers) == 1 else f"{one.name}: {one.diverged}" for one in self.trainers]
+            raise DivergedError("; ".join(map(str, whys)))
 
 
 @attrs.frozen(eq=False)
@@ -312,7 +330,7 @@ def rehearsed(
         if (number := len(both.given) - 1) > 0 and not both.cut:
             shared = part_added((both.given[-1] - both.given[0]) / number, sum(working), per_row * batch)
     own, *others = (
-        Stepped(step=step, late=late, cold=cold, steps=one.step)
+        Stepped(step=step, late=late, cold=cold, steps=one.step if one.diverged is None else 0)
         for step, late, cold, one in zip(steps, lates, colds, trainers, strict=True)
     )
     cold = max((first.per_row - per_row) * n, 0.0)

@@ -61,12 +61,13 @@ class Trial:
     ) -> list[SAETrainer]:
         """SAEs in training with their first weights, which may look at the ``first`` rows.
 
-        ``about`` surrounds what is done for one of them.  After the ``deadline`` no further one is begun.
+        ``about`` surrounds what is done for one of them.  No further one is begun when half of the time is over: the
+        other half is for their steps.
         """
         batch = first.batch
         assert batch is not None
         for member in members:
-            if self.trainers and deadline.passed:
+            if self.trainers and deadline.half_passed:
                 break
             config, clock, ports = in_step(member.config, self.world), Stopwatch(), member.ports
             assert ports is not None
@@ -106,12 +107,18 @@ class Trial:
         )
 
     def tried(self, found: Rehearsed) -> dict[str, tuple[SAETrainer, float, Stepped]]:
-        """By the names of the SAEs: each, the seconds of its first weights, and its steps."""
+        """By the names of the SAEs: each, the seconds of its first weights, and its steps; but for those that
+        diverged."""
         steps = [found.own, *found.beside]
         return {
             trainer.name: (trainer, seconds, own)
             for trainer, seconds, own in zip(self.trainers, self.weights, steps, strict=True)
+            if trainer.diverged is None
         }
+
+    def diverged(self) -> dict[str, str]:
+        """By their names, why those diverged that did."""
+        return {one.name: one.diverged for one in self.trainers if one.diverged is not None}
 
     def _look(self, trainer: SAETrainer) -> Look:
         def look(metrics: Mapping[str, float | Histogram]) -> None:

@@ -9,11 +9,12 @@ import pytest
 from support.sweeps import DOCUMENTS, changed, fake, manager
 
 import saekit
-from saekit.errors import DataError
-from saekit.planning import planner
+from saekit.errors import DataError, DivergedError
+from saekit.planning import planner, rehearsal
 from saekit.planning.duration import TimedRun
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import PlannedLane
+from saekit.training.trainer import SAETrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -87,3 +88,36 @@ def test_what_is_no_configuration_is_said(call: Any, given: Any) -> None:
         call(given)
     hint = "; put what it gives into a list" * (type(given).__name__ == "generator")
     assert str(refused.value).endswith(f"found {type(given).__name__}{hint}")
+
+
+def test_one_that_diverges_leaves_the_others_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train_on = SAETrainer.train_on
+
+    def diverging(trainer: SAETrainer, *given: Any) -> Any:
+        if trainer.name not in {"fine", "sae"}:
+            raise DivergedError("the loss is nan")
+        return train_on(trainer, *given)
+
+    monkeypatch.setattr(rehearsal, "_SECONDS", 0.05)
+    monkeypatch.setattr(SAETrainer, "train_on", diverging)
+
+    def of(*names: str) -> saekit.Plan:
+        given = [
+            changed(fake(tmp_path, sae={"d_sae": 12 + n}), {"checkpoints": {"name": name}, "training": {"seed": n}})
+            for n, name in enumerate(names)
+        ]
+        return planned(given)
+
+    found = of("wild", "fine")
+    assert [text for text in found.warnings if text.startswith("wild: ")] == [
+        "wild: the loss is nan; its steps are not timed"
+    ]
+    assert "of 1 of 2 SAEs; steps of 1 more, which were not timed" in found.facts["duration"]
+    assert found.numbers["step_seconds"] > 0
+    found = of("wild", "worse")
+    assert found.facts["duration"] == "not measured: all SAEs that were tried diverge"
+    assert [text for text in found.warnings if "nan" in text or "timed" in text] == [
+        "the run could not be timed: all SAEs that were tried diverge",
+        "wild: the loss is nan; its steps are not timed",
+        "worse: the loss is nan; its steps are not timed",
+    ]

@@ -24,8 +24,8 @@ from saekit.planning.findings import Findings, of_all, of_some
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import LaneSizes, PlannedLane
 from saekit.planning.members import PlannedMember, here_of
-from saekit.planning.rehearsal import Deadline, FirstRows, Rehearsed, rehearsed
-from saekit.planning.stepped import Stepped
+from saekit.planning.rehearsal import Deadline, FirstRows, rehearsed
+from saekit.planning.stepped import Rehearsed, Stepped
 from saekit.tokens import TokenChoice
 from saekit.training.firing import FiringStatistics
 from saekit.values import Batch, Ports
@@ -141,8 +141,34 @@ def test_of_several_it_is_said_which_diverged(clock: Clock) -> None:
 
     one, two = Trainer(clock, "a", 1), Trainer(clock, "b", 1)
     two.train_on = diverging  # type: ignore[method-assign]
-    with pytest.raises(DivergedError, match="^b: the loss is nan"):
+    found = tried(clock, one, two, deadline=Deadline(1000))
+    assert (found.steps, found.step, found.beside[0].steps) == (one.step, 1, 0), "the other goes on"
+    one, two = Trainer(clock, "a", 1), Trainer(clock, "b", 1)
+    one.train_on = two.train_on = diverging  # type: ignore[method-assign]
+    with pytest.raises(DivergedError, match="^a: the loss is nan; b: the loss is nan$"):
         tried(clock, one, two)
+
+
+def test_no_round_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
+    """Three steps of 2 s each on a batch whose rows take 4 s: of 40 s, there is time for so many rounds."""
+    three = [Trainer(clock, name, 2) for name in "abc"]
+    found = tried(clock, *three, deadline=Deadline(40), share=100)
+    # 2 s for the first rows, 4 more for a batch, 3 first steps of 5 s, then 4 + 6 s a round, until 6 s are not left.
+    assert [found.steps, *(one.steps for one in found.beside)] == [3, 3, 3]
+    assert clock.now == 39, "and not 49"
+
+
+def test_a_round_is_left_when_the_time_is_over(clock: Clock) -> None:
+    one, two, three = Trainer(clock, "a", 1), Trainer(clock, "b", 1), Trainer(clock, "c", 1)
+    slow = two.train_on
+
+    def slower(*given: Any) -> Any:
+        clock.now += 100 * (two.step == 1)
+        return slow(*given)
+
+    two.train_on = slower  # type: ignore[method-assign]
+    found = tried(clock, one, two, three, deadline=Deadline(60), share=100)
+    assert [found.steps, *(own.steps for own in found.beside)] == [2, 2, 1]
 
 
 # ---- those that are alike
@@ -255,7 +281,7 @@ def test_those_without_time_are_told_by_their_size() -> None:
     assert kinds.all[1].first_weights == 5, "which were made"
     assert [kind.cold for kind in kinds.all] == [1, 0], "what is made once"
     assert kinds.timed_on(2, 1) == (
-        "5 steps of 1 of 2 SAEs; steps of 1 more, for which there was no time, by how much they compute"
+        "5 steps of 1 of 2 SAEs; steps of 1 more, which were not timed, by how much they compute"
     )
 
 

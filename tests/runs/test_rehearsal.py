@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -21,7 +22,8 @@ from saekit.errors import DataError, DivergedError, ModelError
 from saekit.planning import duration as planned_duration
 from saekit.planning import rehearsal
 from saekit.planning import times as planned_times
-from saekit.planning.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, part_added, rehearsed
+from saekit.planning.rehearsal import Deadline, FirstRows, ForwardStage, rehearsed
+from saekit.planning.stepped import Rehearsed, part_added
 from saekit.planning.times import Times
 from saekit.process_age import process_age
 from saekit.testing import FakeBackend
@@ -225,6 +227,7 @@ def first_of(stream: StreamContext, skipped: int) -> list[int]:
 )
 def test_what_cannot_be_timed_is_a_warning(error: Exception, why: str, full: bool) -> None:
     run: Any = SimpleNamespace(facts={}, warnings=[])
+    run._untimed = lambda why: planned_duration.TimedRun._untimed(run, why)
 
     def failing() -> None:
         raise error
@@ -247,7 +250,7 @@ def test_dead_features_are_seen_on_other_devices(there: bool, monkeypatch: pytes
     seen: list[Any] = []
     trainer: Any = SimpleNamespace(
         firing=found, step=2, training=SimpleNamespace(dead_after=3, steps=100, compile=False), generator=None,
-        backend=None, rounds_products=False, finished=False,
+        backend=None, _rounding=lambda device: contextlib.nullcontext(), finished=False,
         sae=SimpleNamespace(training_step=lambda x, step: seen.append(step.dead)),
     )  # fmt: skip
     SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)

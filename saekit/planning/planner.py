@@ -28,7 +28,8 @@ from saekit.planning.mesh import planned_world
 from saekit.planning.other_ways import SIZES_FACT
 from saekit.planning.outline import of_outline, outlined_for
 from saekit.planning.plan import Plan, cannot_run, in_order
-from saekit.planning.sizes import Sizes, devices_of
+from saekit.planning.sae_sizes import devices_of
+from saekit.planning.sizes import Sizes
 from saekit.planning.text import counted_unread, look_at_texts, no_contexts
 from saekit.planning.times import Stopwatch
 from saekit.plugins.manager import PluginManager

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import attrs
 import torch
 
-from saekit.config import TrainConfig
+from saekit.config import SAEConfig, TrainConfig
 from saekit.devices import resolve_device
 from saekit.distributed.costs import Job, Mesh
 from saekit.distributed.world import World
@@ -22,11 +22,12 @@ from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.runs.parts import moment_bytes, updates_numbers
 from saekit.runs.spreading import spread
+from saekit.runs.transforms import estimator_of
 from saekit.sae.build import build_module
 from saekit.sae.init import starts_by_parts
 from saekit.sae.module import SAEModule
 
-__all__ = ["SAESizes", "device_of", "eval_prompts", "site_facts", "training_device"]
+__all__ = ["SAESizes", "device_of", "devices_of", "eval_prompts", "site_facts", "training_device"]
 
 _PROMPTS = 16  # contexts in one forward of an eval that does not say how many it takes
 
@@ -49,6 +50,8 @@ class SAESizes:
     """Bytes that all processes write of it to a checkpoint."""
     whole: int
     """Of an SAE whose features are split, what evals gather."""
+    copied: int
+    """What evals have of one beside that which trains, where that is not as it is saved."""
     drawn: int
     """Likewise, what its start draws."""
     step: int
@@ -104,6 +107,7 @@ class SAESizes:
         d_sae, parameters = sae.d_sae, sae.table.count()
         weights, saved = _weights(sae, options.dtype)
         whole = weights if world.features.size > 1 else 0
+        as_saved = weights == saved and estimator_of(config, plugins) is None
         drawn = whole if options.decoder_orthogonal_init or not starts_by_parts(sae.table) else 0
         kept = written = moment_bytes(config, plugins, sae)  # written by all processes with the same features
         mesh, device = Mesh(world.data.size, world.features.size), training_device(member)
@@ -126,6 +130,7 @@ class SAESizes:
             kept=kept,
             written=world.features.size * (weights + (written or 0)),
             whole=whole,
+            copied=0 if as_saved or whole else saved,
             drawn=drawn,
             step=int(job.step_bytes(mesh)),
             features=eval_bytes(sae, rows),
@@ -176,3 +181,13 @@ def device_of(asked: str, dtype: str) -> str:
         return resolve_device(asked, "", dtype)
     except ConfigError:
         return asked
+
+
+def devices_of(config: TrainConfig, options: SAEConfig) -> list[str]:
+    """Where the model, the SAE and what is written to checkpoints are."""
+    asked = (
+        device_of(config.model.device, config.model.dtype),
+        device_of(config.training.device, options.dtype),
+        "cpu",
+    )
+    return list(dict.fromkeys(asked))

@@ -9,7 +9,7 @@ import attrs
 import torch
 
 from saekit.abilities import HasMemory
-from saekit.config import SAEConfig, TrainConfig
+from saekit.config import TrainConfig
 from saekit.data import Corpus
 from saekit.data.shared import MOST_KEPT
 from saekit.distributed.batches import shares_rows
@@ -18,6 +18,7 @@ from saekit.distributed.world import ALONE, World
 from saekit.errors import SaekitError
 from saekit.kinds import ACTIVATION_SOURCES, EVALS
 from saekit.planning.cache import cache_sites, cached_contexts, cached_rows, plan_cache
+from saekit.planning.evals import measurings
 from saekit.planning.findings import Findings, of_all
 from saekit.planning.lanes import PlannedLane, held_bytes, recipe_seconds, recipe_text
 from saekit.planning.members import PlannedMember, here_of, longest_of
@@ -32,7 +33,7 @@ from saekit.runs.timing import bytes_text
 from saekit.runs.working_memory import peak_bytes
 from saekit.site import Site
 
-__all__ = ["Sizes", "devices_of"]
+__all__ = ["Sizes"]
 
 _TOKENIZING = 71e6
 """Bytes of a process that tokenizes: as measured with a tokenizer of 50,000 tokens on Linux."""
@@ -224,13 +225,14 @@ class Sizes:
             Need(Of.KEPT, model, kept),
         ]
         step = _by_device(devices, [one.step for one in own], max)  # they make their steps in turn
-        features = _by_device(devices, [one.features + one.whole for one in own], max)
+        features = _by_device(devices, [one.features for one in own], max)
+        beside = self._measured_beside()
         written = Need(Of.CHECKPOINT, "cpu", checkpoint)  # a copy, while whatever else is at work
         last = Need(Of.SAVING, "cpu", ending)  # when nothing changes any more
         turns = [
             [Need(Of.FORWARD, model, forward), *(Need(Of.STEP, *one) for one in step.items()), written],
             [Need(Of.EVALS, model, evaluated), written],
-            [*(Need(Of.EVALS, *one) for one in features.items()), written],
+            [*(Need(Of.EVALS, device, size + beside.get(device, 0)) for device, size in features.items()), written],
             [Need(Of.WHOLE, "cpu", max(one.drawn for one in own))],  # before any step
             [last],
         ]
@@ -239,6 +241,15 @@ class Sizes:
         self.numbers |= {"step_bytes": max(one.step for one in own)}
         self.numbers |= {"eval_features_bytes": max(one.features for one in own)}
         self.numbers["memory_bytes"] = sum(self.memory.needed().values())
+
+    def _measured_beside(self) -> dict[str, int]:
+        """What evals hold of SAEs beside those in training, of all that are measured together at one time."""
+        found: dict[str, int] = {}
+        for one in measurings(self.lanes, self.here):
+            saes = [self.saes[member.name] for member in one.members]
+            held = _by_device(map(training_device, one.members), [own.whole + own.copied for own in saes], sum)
+            found |= {device: max(size, found.get(device, 0)) for device, size in held.items()}
+        return found
 
     def forget_copies(self) -> None:
         """No checkpoint is written while the run trains: it ends before there is one."""
@@ -378,13 +389,3 @@ def _listed(names: Iterable[str]) -> str:
     """All of a few, and of many the first and the last."""
     few = list(names)
     return ", ".join(few if len(few) <= 8 else [*few[:3], f"... {few[-1]}"])
-
-
-def devices_of(config: TrainConfig, options: SAEConfig) -> list[str]:
-    """Where the model, the SAE and what is written to checkpoints are."""
-    asked = (
-        device_of(config.model.device, config.model.dtype),
-        device_of(config.training.device, options.dtype),
-        "cpu",
-    )
-    return list(dict.fromkeys(asked))

@@ -137,7 +137,9 @@ def look_at_texts(
         longest = lane.longest.config
         if lane.reads and longest.tokens not in used:
             given = longest, corpus, backend, lane.stream
-            used[longest.tokens] = (findings.attempt(partial(Used.of, *given), of=lane.names) or Used()).facts
+            other = findings.attempt(partial(Used.of, *given), of=lane.names) or Used()
+            findings.doubt(*other.doubts, of=lane.names)
+            used[longest.tokens] = other.facts
     names = [member.name for member in members]
     facts = {
         member.name: used.get(member.config.tokens, {}) | _held_out_facts(member.config.evals, corpus)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import attrs
@@ -15,6 +16,7 @@ from support.tiny import run_config
 
 import saekit
 from saekit.data.shared import SharedForwards
+from saekit.planning import duration as planned_duration
 from saekit.planning import evals as planned_evals
 from saekit.planning import rehearsal
 from saekit.planning.sizes import Sizes
@@ -203,6 +205,35 @@ def test_a_sweep_that_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found.facts["duration"] == "not measured: it does not fit"
     (warning,) = [text for text in found.warnings if "are needed on cpu" in text]
     assert "train fewer at a time, have several processes train some each (distributed.saes)" in warning
+
+
+def test_evals_of_saes_that_are_not_as_they_are_saved_have_copies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that are measured together are there at one time."""
+    counted: list[Sizes] = []
+    count = Sizes.count
+    monkeypatch.setattr(Sizes, "count", lambda sizes: counted.append(count(sizes)) or sizes)
+    one = run_config(tmp_path)
+    scaled = {"activations": {"normalize_activations": "expected_average_only_in"}}
+    apart = {"evals": {"n_contexts": 3}}
+    for more in ({}, scaled, {"sae": {"name": "standard", "d_sae": 64, "dtype": "bfloat16"}}):
+        each = changed(one, more)
+        saekit.plan([each, changed(each, {"training": {"seed": 7}}), each, changed(each, apart)], load=False)
+    own = 64 * 257 + 128
+    # Of the same seed two are measured together; those of another seed, or on other contexts, are not.
+    assert [sum(sizes._measured_beside().values()) for sizes in counted] == [0, 2 * 4 * own, 2 * 2 * own]
+
+
+def test_what_looks_wrong_with_the_text_of_other_lanes_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def used(config: Any, *given: Any) -> Any:
+        return SimpleNamespace(facts={}, numbers={}, tokens=None, doubts=[f"odd: {config.tokens.seqpos_slice}"])
+
+    monkeypatch.setattr("saekit.planning.text.Used.of", used)
+    monkeypatch.setattr(planned_duration.TimedRun, "time", lambda *given: None)
+    found = planned([fake(tmp_path), changed(fake(tmp_path), {"tokens": {"seqpos_slice": [0, 12]}})])
+    assert [text.partition("odd: ")[2] for text in found.warnings if "odd: " in text] == ["None", "(0, 12)"]
+    assert any(text.startswith("1_") and text.endswith("odd: (0, 12)") for text in found.warnings)
 
 
 # ---- what could not be trained

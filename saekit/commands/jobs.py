@@ -172,8 +172,8 @@ def plan(
     """Check the run that ``cfg`` describes, and estimate it from a few timed forwards, steps and evals.
 
     Of a list, as :func:`saekit.train` takes it and :func:`saekit.grid` makes it, it is the run of all of them together:
-    what they share counts once, and what differs says which SAE it is of.  Nothing stays of what is written to time the
-    disk.
+    what they share counts once, and what differs says which SAE it is of.  A list of one is planned as that one, though
+    a run of it has the folder of a sweep.  Nothing stays of what is written to time the disk.
 
     Memory and disk are counted from the model's configuration before its weights are loaded, or downloaded; where it
     does not fit, they are not.  Without ``load`` they never are: no text is opened and nothing is timed, and devices

@@ -296,6 +296,27 @@ def test_other_batches_are_tried_too() -> None:
     assert kinds.to_try(larger) == [three], "forwards of another size"
 
 
+def test_what_is_read_is_timed_by_where_it_is_from() -> None:
+    def read(*members: PlannedMember) -> PlannedLane:
+        there = lane(*members)
+        there.source = SimpleNamespace()  # type: ignore[assignment]
+        return there
+
+    def cached(name: str, folder: str, d_in: int = 8) -> PlannedMember:
+        return member(name, d_in, activations={"source": {"name": "cached", "folder": folder}})
+
+    lanes = [read(cached("a", "x")), read(cached("b", "x")), read(cached("c", "y")), read(cached("d", "x", 9))]
+    assert not any(one.reads for one in lanes)
+    assert lanes[0].timed_alike == lanes[1].timed_alike
+    assert len({one.timed_alike for one in lanes}) == 3
+
+
+def test_lanes_that_say_nothing_new_have_no_share_of_the_time() -> None:
+    several = [member(str(seed), training={"seed": seed}) for seed in range(6)]
+    lanes = [*(lane(one) for one in several[:5]), lane(several[5], contexts=4)]
+    assert Kinds(lanes, several, PLUGINS).lanes_to_try(lanes) == 2
+
+
 def test_the_fullest_process_is_counted() -> None:
     members = [member(str(width), sae={"name": "topk", "k": 4, "d_sae": width}) for width in (32, 64, 16, 80)]
     assert [one.name for one in here_of(members, 2)] == ["16", "80"]

@@ -111,7 +111,8 @@ class EvalTimes:
     def seconds(self, here: Collection[PlannedMember], deadline: Deadline) -> tuple[float, float] | None:
         """Of all measurings of those ``here``, and of those before the last step; None where that cannot be told."""
         whole = before = 0.0
-        for one in measurings(self.lanes, here):
+        # Those of which nothing was tried come last, since they are told by others.
+        for one in sorted(measurings(self.lanes, here), key=lambda one: not any(self._asked(one.members))):
             if not all(self.evals[member.name] for member in one.members):
                 return None
             found = self._of(one.members, deadline)
@@ -130,7 +131,7 @@ class EvalTimes:
         much = float(sum(member.config.evals.n_contexts * len(member.config.evals.run) for member in group))
         if alike in self._known:
             return self._known[alike][0], 0.0
-        if self._known and deadline.left <= self._took:
+        if self._known and (deadline.left <= self._took or not any(self._asked(group))):
             seconds, other = min(self._known.values(), key=lambda one: max(one[1] / much, much / one[1]))
             self.estimated += len(group)
             return seconds * much / other, 0.0

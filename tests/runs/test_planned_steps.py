@@ -465,6 +465,8 @@ def test_evals_that_differ_are_timed_by_themselves_while_there_is_time(monkeypat
     monkeypatch.setattr(EvalTimes, "_contexts", lambda *given: None)
     several = [member(str(n), evals={"n_contexts": n}) for n in (8, 4, 2)]
     more = member("more", evals={"n_contexts": 8, "run": ["reconstruction"]}, training={"seed": 2})
+    untried = member("untried", evals={"n_contexts": 6}, sae={"name": "topk", "k": 4, "d_sae": 64})
+    several.insert(0, untried)
     whole = [lane(*several), lane(more)]
     kinds = Kinds(whole, [*several, more], PLUGINS)
     trainer: Any = SimpleNamespace(sites=several[0].config.sites)
@@ -478,8 +480,8 @@ def test_evals_that_differ_are_timed_by_themselves_while_there_is_time(monkeypat
         deadline: Any = SimpleNamespace(left=left)
         return own.seconds([*several, more], deadline), own.estimated
 
-    assert times(100.0) == ((10 + 20 + 30 + 40 + 4, 0), 0)
+    assert times(100.0) == ((10 + 20 + 30 + 40 + 4 + 7.5, 0), 1)
     assert seen == [8, 4, 2, 8]
     seen.clear()
-    assert times(0.0) == ((10 + 5 + 2.5 + 5 + 1, 0), 3), "by how much is measured"
+    assert times(0.0) == ((10 + 5 + 2.5 + 5 + 1 + 7.5, 0), 4), "by how much is measured"
     assert seen == [8]

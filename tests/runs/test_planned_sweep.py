@@ -167,6 +167,13 @@ def test_many_saes_are_told_in_few_words(tmp_path: Path) -> None:
     assert max(map(len, lines)) < 500
 
 
+def test_the_largest_step_is_that_of_the_sae_that_has_it(tmp_path: Path) -> None:
+    base = run_config(tmp_path)
+    few, many = (base | {"sae": {"name": "batchtopk", "d_sae": 2048, "k": k}} for k in (8.0, 1024.0))
+    sizes = [saekit.plan(given, load=False).numbers["step_bytes"] for given in (few, many, [few, many])]
+    assert sizes[0] < sizes[1] == sizes[2]
+
+
 def test_a_list_of_one_is_planned_as_that_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 1e12))
     for place in ("planner", "sizes"):  # what is free may change meanwhile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,10 @@ from support.sweeps import DOCUMENTS, CountingBackend, changed, fake, manager
 
 import saekit
 from saekit.planning import rehearsal
+from saekit.planning.duration import TimedRun
+from saekit.planning.evals import measurings
+from saekit.planning.sizes import Sizes
+from saekit.runs import measuring
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,3 +34,31 @@ def test_forwards_are_those_of_the_lane_that_makes_most(
     backend = CountingBackend()
     saekit.train(given, plugins=manager(backend), dataset=DOCUMENTS)
     assert found.numbers["forwards"] == pytest.approx(len(backend.seen), abs=4), "a thread may make some ahead"
+
+
+def test_measurings_are_those_that_the_run_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told, made = measuring._told, list[tuple[str, ...]]()
+
+    def noted(session: Any, group: Any, *given: Any) -> Any:
+        made.append(tuple(one.trainer.name for one in group))
+        return told(session, group, *given)
+
+    monkeypatch.setattr(measuring, "_told", noted)
+    monkeypatch.setattr(TimedRun, "time", lambda *given: None)
+    counted: list[Sizes] = []
+    count = Sizes.count
+    monkeypatch.setattr(Sizes, "count", lambda sizes: counted.append(count(sizes)) or sizes)
+    changes: list[Any] = [
+        {"evals": {"every_n_steps": 2}},
+        {"evals": {"every_n_steps": 3}},
+        {"evals": {"every_n_steps": 4, "n_contexts": 3}},
+        {"training": {"seed": 3}},
+        {"evals": {"every_n_steps": 0}},
+    ]
+    given = [changed(fake(tmp_path), one) for one in changes]
+    saekit.plan(given, plugins=manager(), dataset=DOCUMENTS)
+    saekit.train(given, plugins=manager(), dataset=DOCUMENTS)
+    found = measurings(counted[-1].lanes, counted[-1].here)
+    assert {tuple(sorted(one.name for one in group.members)): group.number for group in found} == Counter(
+        tuple(sorted(group)) for group in made
+    )

@@ -137,7 +137,8 @@ NEVERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ),
         ("saekit.commands", "saekit.cli"),
     ),
-    "runs know no command": (("saekit.runs",), ("saekit.commands", "saekit.cli")),
+    "runs know no plan and no command": (("saekit.runs",), ("saekit.planning", "saekit.commands", "saekit.cli")),
+    "plans know no command": (("saekit.planning",), ("saekit.commands", "saekit.cli")),
     "kinds and choices know no configuration": (
         ("saekit.kinds", "saekit.plugins.registry", "saekit.plugins.building", "saekit.plugins.choice"),
         ("saekit.config",),

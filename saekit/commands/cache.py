@@ -17,11 +17,11 @@ from saekit.data.corpus import Corpus
 from saekit.data.stream import StreamContext, kept_of
 from saekit.distributed.world import World, open_world, uses_cuda
 from saekit.errors import DataError
+from saekit.planning.cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.plugins.manager import PluginManager
 from saekit.progress import ProgressDisplay
 from saekit.runs.counting import counted_of
 from saekit.runs.opening import open_backend, open_stream, sites_by_option, warn_of
-from saekit.runs.planned_cache import cache_sites, cached_contexts, cached_rows, plan_cache
 from saekit.runs.spreading import check_alike
 from saekit.runs.timing import bytes_text
 from saekit.status import Status

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -22,10 +22,10 @@ from saekit.distributed.launched import Launched, check_layout, check_mesh, refu
 from saekit.errors import ConfigError
 from saekit.files.paths import folder_of
 from saekit.garbage import uncollected
+from saekit.planning.plan import Plan, cannot_run, names_of
 from saekit.plugins.manager import PluginManager, default_manager
 from saekit.runs.checks import alone_in
 from saekit.runs.from_memory import check_config_names_all, unnamed
-from saekit.runs.planned import Plan, cannot_run
 
 if TYPE_CHECKING:
     from saekit.commands.pretokenize import Pretokenized
@@ -87,7 +87,7 @@ def train(
     interrupted, it saves a checkpoint and raises :class:`saekit.errors.TrainingInterrupted`; :func:`resume` goes on.
     """
     plugins = plugins or default_manager()
-    alone, sources = (True, [cfg]) if isinstance(cfg, (TrainConfig, Mapping, str, Path)) else (False, cfg)
+    alone, sources = _sources(cfg)
     configs = load_configs(sources, _listed(overrides), plugins=plugins, kind=TrainConfig)
     for source, config in zip(sources, configs, strict=True):
         kinds = preflight.kinds_read([config], plugins)
@@ -101,6 +101,19 @@ def train(
         with uncollected():
             from saekit.runs.run import begin
         return begin(configs, plugins, model, dataset, alone=alone, say=say)
+
+
+def _sources(cfg: ConfigSource | list[Any] | tuple[Any, ...]) -> tuple[bool, Sequence[Any]]:
+    """Whether ``cfg`` is one configuration, and those that it is or lists."""
+    if isinstance(cfg, (TrainConfig, Mapping, str, Path)):
+        return True, [cfg]
+    if not isinstance(cfg, (list, tuple)):
+        hint = "; put what it gives into a list" if isinstance(cfg, Iterable) else ""
+        raise ConfigError(
+            "expected a TrainConfig, a dict or the path of a configuration file, or a list of those, found "
+            f"{type(cfg).__qualname__}{hint}"
+        )
+    return False, cfg
 
 
 def resume(
@@ -163,7 +176,7 @@ def _check_here(
 
 
 def plan(
-    cfg: ConfigSource,
+    cfg: ConfigSource | list[Any] | tuple[Any, ...],
     overrides: Sequence[str] = (),
     *,
     plugins: PluginManager | None = None,
@@ -174,7 +187,9 @@ def plan(
 ) -> Plan:
     """Check the run that ``cfg`` describes, and estimate it from a few timed forwards, steps and evals.
 
-    Nothing stays of what is written to time the disk.
+    Of a list, as :func:`saekit.train` takes it and :func:`saekit.grid` makes it, it is the run of all of them together:
+    what they share counts once, and what differs says which SAE it is of.  A list of one is planned as that one, though
+    a run of it has the folder of a sweep.  Nothing stays of what is written to time the disk.
 
     Memory and disk are counted from the model's configuration before its weights are loaded, or downloaded; where it
     does not fit, they are not.  Without ``load`` they never are: no text is opened and nothing is timed, and devices
@@ -191,7 +206,7 @@ def plan(
 
 def plan_after(
     before: float,
-    cfg: ConfigSource,
+    cfg: ConfigSource | list[Any] | tuple[Any, ...],
     plugins: PluginManager | None = None,
     model: object | None = None,
     dataset: object | None = None,
@@ -208,21 +223,27 @@ def plan_after(
         )
     begun = time.perf_counter()
     plugins = plugins or default_manager()
-    config = load_config(cfg, _listed(overrides), plugins=plugins)
-    faults = preflight.of_training([config], plugins, model, dataset)
-    kinds = preflight.kinds_read([config], plugins)
-    absent = unnamed(cfg, _listed(overrides), model=model, dataset=dataset, kinds=kinds)
-    named = [f"{option}: {why}" for option, why in absent]
+    _, sources = _sources(cfg)
+    configs = load_configs(sources, _listed(overrides), plugins=plugins, kind=TrainConfig)
+    if not configs:
+        raise ConfigError("there is no configuration to plan: the list is empty")
+    faults, texts = preflight.of_plan(configs, plugins, model, dataset)
+    named = dict[str, None]()
+    for source, config in zip(sources, configs, strict=True):
+        kinds = preflight.kinds_read([config], plugins)
+        absent = unnamed(source, _listed(overrides), model=model, dataset=dataset, kinds=kinds)
+        named |= {f"{option}: {why}": None for option, why in absent}
     if faults.absent or named:
-        texts = [*named, *faults.texts]
+        texts = [*named, *texts]
         return Plan({}, {}, texts, [], cannot_run(texts))
-    with _status([config]) as say:
-        from saekit.runs.plan import look
+    with _status(configs) as say:
+        from saekit.planning.planner import look
 
         say("trying the model and a few steps" if load else "counting")
         before += time.perf_counter() - begun
-        found = look(config, plugins, model, dataset, load=load, measure=measure, before=before, say=say)
-    problems = list(dict.fromkeys([*faults.texts, *found.problems]))
+        names = names_of(configs, plugins)
+        found = look(configs, names, plugins, model, dataset, load=load, measure=measure, before=before, say=say)
+    problems = list(dict.fromkeys([*texts, *found.problems]))
     return attrs.evolve(found, problems=problems, verdict=cannot_run(problems) or found.verdict)
 
 

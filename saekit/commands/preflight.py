@@ -16,11 +16,14 @@ from typing import Any, TypeAlias
 import attrs
 
 from saekit.config import PLUGIN_KIND, PretokenizeConfig, TrainConfig
+from saekit.data.faults import problems_of
 from saekit.data.in_memory import check_in_memory
 from saekit.data.text import check_place
 from saekit.errors import ConfigError, PlaceError, SaekitError
 from saekit.files.storage import why_no_folder_in
 from saekit.kinds import ACTIVATION_SOURCES, MODEL_BACKENDS, SAE_ARCHITECTURES
+from saekit.planning.findings import of_some
+from saekit.planning.plan import names_of
 from saekit.plugins.building import blamed, placed
 from saekit.plugins.choice import Choice
 from saekit.plugins.manager import PluginManager
@@ -42,6 +45,7 @@ __all__ = [
     "kinds_read",
     "of_cache",
     "of_model",
+    "of_plan",
     "of_pretokenize",
     "of_resume",
     "of_training",
@@ -117,6 +121,32 @@ def of_training(
             *_starts(configs),
         ],
     )
+
+
+def of_plan(
+    configs: Sequence[TrainConfig],
+    plugins: PluginManager,
+    model: object | None = None,
+    dataset: object | None = None,
+) -> tuple[Faults, list[str]]:
+    """:func:`of_training` of one SAE or of several, and in words; what only some of several have says which."""
+    if len(configs) == 1:
+        faults = of_training(configs, plugins, model, dataset)
+        return faults, faults.texts
+    faults = of_training(configs, plugins, model, dataset, alone=False)
+    names, having = names_of(configs, plugins), dict[str, dict[str, None]]()
+    for name, config in zip(names, configs, strict=True):
+        own = _raised([*_members([config], plugins), *_starts([config])])
+        for text in _said(own.values()):
+            having.setdefault(text, {})[name] = None
+    texts = _said([*faults.absent, *faults.others])
+    return faults, [of_some(text, having.get(text, names), names) for text in texts]
+
+
+def _said(errors: Iterable[SaekitError]) -> list[str]:
+    """Each problem of ``errors`` as people read it, once."""
+    problems = dict.fromkeys(problem for error in errors for problem in problems_of(error))
+    return [f"{path}: {message}" if path else message for path, message in problems]
 
 
 def of_resume(

@@ -14,9 +14,10 @@ from saekit.abilities import HasMemory, HasTokenizer, TokenizesElsewhere
 from saekit.protocols import ModelBackend
 from saekit.values import Forward, Replacement, Want
 
-__all__ = ["ForwardsReader", "SharedForwards"]
+__all__ = ["MOST_KEPT", "ForwardsReader", "SharedForwards"]
 
-_MOST_BYTES = 4_000_000_000
+MOST_KEPT = 4_000_000_000
+"""Bytes of forwards that are kept, at most."""
 _Key: TypeAlias = tuple[int | None, bytes]
 """The reader's position after the contexts, and their tokens."""
 
@@ -39,7 +40,7 @@ class SharedForwards:
     is run again, which changes nothing but the time.
     """
 
-    def __init__(self, backend: ModelBackend, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, backend: ModelBackend, most_bytes: int = MOST_KEPT) -> None:
         self._backend, self._most_bytes = backend, most_bytes
         self._readers: list[ForwardsReader] = []
         self._kept: dict[_Key, _Kept] = {}

@@ -28,9 +28,9 @@ from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.runs.machine import Machine, this_machine
 from saekit.runs.parts import make_optimizer
-from saekit.runs.planned_memory import free_memory
 from saekit.runs.steady import Spread, seconds_in_turn
 from saekit.runs.timing import bytes_text, least_seconds
+from saekit.runs.working_memory import free_memory
 from saekit.sae.build import build_module, initialize
 from saekit.sae.module import SAEModule
 from saekit.site import Site, Sites

@@ -6,14 +6,17 @@ Nothing is allocated for it where they are on the meta device.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["peak_bytes", "resident", "resident_peak"]
+from saekit.data.cache.read import available_memory
+
+__all__ = ["free_memory", "peak_bytes", "resident", "resident_peak"]
 
 _T = TypeVar("_T")
 _STATUS = Path("/proc/self/status")
@@ -28,6 +31,20 @@ def peak_bytes(work: Callable[[], object]) -> int:
     with watch:
         work()
     return watch.peak
+
+
+def free_memory(devices: Sequence[str]) -> dict[str, float]:
+    """Bytes that are free on each of ``devices``; those of which it cannot be found out are left out."""
+    found: dict[str, float] = {}
+    for device in devices:
+        kind = torch.device(device).type
+        if kind == "cpu":
+            found[device] = available_memory()
+        elif kind == "cuda" and torch.cuda.is_available():
+            found[device] = torch.cuda.mem_get_info(device)[0]
+        elif kind == "mps" and torch.backends.mps.is_available():
+            found[device] = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return found
 
 
 def resident() -> float | None:

@@ -20,8 +20,8 @@ from torch import Tensor
 import saekit
 from saekit.config import ModelConfig
 from saekit.data import Corpus
+from saekit.planning.other_ways import Compared
 from saekit.runs.identity import run_identity
-from saekit.runs.other_ways import Compared
 
 UNPROCESSED = dict.fromkeys(("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)
 PATTERN, LAST = "blocks.1.attn.hook_pattern", "blocks.1.hook_resid_post"

@@ -133,7 +133,7 @@ def measure(tokens: int) -> None:
     """Train on so many ``tokens`` with each way to refill the buffer, and print where the time went."""
     import plan_truth
 
-    from saekit.runs.planned_time import Served
+    from saekit.planning.times import Served
 
     shape, overrides = plan_truth.SHAPES["512"]
     forward, steps = PROMPTS * CONTEXT, -(-tokens // BATCH)

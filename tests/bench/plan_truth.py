@@ -3,9 +3,9 @@
     python tests/bench/plan_truth.py [--only NAME ...] [--quick] [--trace]
 
 Of three shapes: that of GPT-2 small with TopK 768 -> 24576 (untrained), four layers of 512 with TopK 4096 (untrained),
-and the embedded model with a standard SAE of 1024 features.  Plan and run are commands, each in its own process: times
-are from the start of the process on, and peaks are of all its memory, Python and libraries included.  ``--trace`` shows
-the run's memory over time.  Prints figures; it judges nothing.
+and the embedded model with a standard SAE of 1024 features; and four such SAEs in one sweep.  Plan and run are
+commands, each in its own process: times are from the start of the process on, and peaks are of all its memory, Python
+and libraries included.  ``--trace`` shows the run's memory over time.  Prints figures; it judges nothing.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ SHAPES: dict[str, tuple[dict[str, int] | None, list[str]]] = {
         ["site.hook_name=blocks.2.hook_resid_post", "sae.d_sae=4096", "training.training_tokens=131_072"],
     ),
     "embedded": (None, ['sae={name="standard", d_sae=1024, l1_coefficient=1.0}', "training.training_tokens=200_000"]),
+    "sweep": (None, ['sae={name="standard", d_sae=1024, l1_coefficient=1.0}', "training.training_tokens=131_072"]),
 }  # fmt: skip
-QUICK = {"gpt2": 24_576, "512": 65_536, "embedded": 120_000}  # tokens
+QUICK = {"gpt2": 24_576, "512": 65_536, "embedded": 120_000, "sweep": 65_536}  # tokens
+GRIDS = {"sweep": (4, ["--grid", "sae.l1_coefficient=0.5,1.5,3,5"])}
+"""Of shapes that are sweeps: how many SAEs, and which."""
 COMMON = ["training.train_batch_size_tokens=4096", "training.lr_warm_up_steps=0", "training.lr_decay_steps=0"]
 _CLOCK = """
 import importlib.abc, importlib.util, sys, time
@@ -56,13 +59,13 @@ class Clock(importlib.abc.MetaPathFinder):  # notes when steps end, and changes 
             module.SAETrainer.train_on = train_on
         spec.loader.exec_module = timed
         return spec
-ends, clock = [], sys.argv.pop(1)
+ends, clock, saes = [], sys.argv.pop(1), int(sys.argv.pop(1))
 sys.meta_path.insert(0, Clock())
 from saekit.cli import main
 try:
     main()
 finally:
-    Path(clock).write_text(" ".join(map(str, (ends[0], ends[-1]))))
+    Path(clock).write_text(" ".join(map(str, (ends[saes - 1], ends[-1]))))
 """
 
 
@@ -116,10 +119,13 @@ def measure(name: str, folder: Path, options: argparse.Namespace) -> None:
         overrides.append(f"model.name={folder / name}")
     config = folder / f"{name}.toml"
     config.write_text(command(["-m", "saekit.cli", "config", "--recipe", "laptop", *overrides])[0])
-    printed, _, plan_seconds, _ = command(["-m", "saekit.cli", "plan", str(config), "--json"])
+    saes, grid = GRIDS.get(name, (1, []))
+    printed, _, plan_seconds, _ = command(["-m", "saekit.cli", "plan", str(config), *grid, "--json"])
     planned: dict[str, Any] = json.loads(printed)
     clock = folder / "clock"
-    _, begun, seconds, peak = command(["-c", _CLOCK, str(clock), "train", str(config)], trace=options.trace)
+    _, begun, seconds, peak = command(
+        ["-c", _CLOCK, str(clock), str(saes), "train", str(config), *grid], trace=options.trace
+    )
     first, last = (float(end) - begun for end in clock.read_text().split())
     numbers = planned["numbers"]
     print(f"{name}: planned in {plan_seconds:.1f} s")

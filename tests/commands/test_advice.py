@@ -15,9 +15,9 @@ from saekit.commands import jobs
 from saekit.commands.terminal.plan import plan
 from saekit.config.files import in_a_file, load_config
 from saekit.errors import ConfigError
+from saekit.planning.plan import Plan
 from saekit.plugins.listing import detail_text
 from saekit.reasons import alike
-from saekit.runs.planned import Plan
 
 PLACES = [Path(module.__file__ or "").parent for module in (saekit, saekit_plugins)]
 SPACED = re.compile(r"\b[a-z_]+(\.[a-z_]+)+ = (\"|'|true|false|\[|\{|\d)")

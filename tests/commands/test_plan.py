@@ -14,7 +14,7 @@ from support.command import cli
 from support.tiny import hooked_transformer, run_config
 
 import saekit
-from saekit.runs import rehearsal
+from saekit.planning import rehearsal
 from saekit.runs.timing import bytes_text
 
 
@@ -53,7 +53,7 @@ def test_the_verdict_is_said_once_before_batches_are_tried(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What is said again, where that takes long, is what is being done."""
-    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", lambda *given: None)
+    monkeypatch.setattr("saekit.planning.duration.TimedRun.time", lambda *given: None)
     config = run_config(tmp_path, training={"verbose": True})
     found = saekit.plan(config, model=hooked_transformer())
     said = capfd.readouterr().err.splitlines()
@@ -63,15 +63,15 @@ def test_the_verdict_is_said_once_before_batches_are_tried(
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells what the process has")
 def test_the_memory_of_the_process_is_that_of_the_verdict(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", lambda *given: None)
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e15))
+    monkeypatch.setattr("saekit.planning.duration.TimedRun.time", lambda *given: None)
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 1e15))
     found = saekit.plan(run_config(tmp_path), model=hooked_transformer())
     whole, _, parts = found.facts["memory of the process"].removeprefix("about ").partition(": ")
     assert whole == bytes_text(found.numbers["peak_bytes"])
     assert parts.startswith(found.facts["memory on cpu"].partition(" (")[0] + " of memory on cpu, and ")
     assert found.verdict.startswith(f"It fits: it needs about {whole} of memory on cpu (1,000 TB are free)")
     tensors = found.numbers["memory_bytes"]
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 2 * tensors))
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 2 * tensors))
     tight = saekit.plan(run_config(tmp_path), model=hooked_transformer())
     assert tight.fits is True, "what this process has is free when it ends"
 

@@ -16,7 +16,7 @@ from support.tiny import hooked_transformer, run_config
 
 import saekit
 from saekit.backends import Backend, Hooks
-from saekit.runs.planned_memory import Memory, Need, Of, verdict
+from saekit.planning.memory import Memory, Need, Of, verdict
 from saekit.runs.working_memory import peak_bytes
 from saekit.testing import isolated_manager, plugin_of
 
@@ -99,7 +99,7 @@ def test_a_model_that_nobody_could_load_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 16e9))
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 16e9))
     found = saekit.plan(config(tmp_path), plugins=manager(outline), measure=True)
     assert (found.problems, found.fits) == ([], False)
     assert found.facts["contexts in a forward"] == "not compared: it does not fit"
@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_not_loaded(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_what_fits_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e12))
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 1e12))
     found = saekit.plan(config(tmp_path), plugins=manager(outline))
     assert found.problems == ["it is loaded"]
     assert found.facts["memory on cpu"].endswith("; 1 TB are free"), "what was counted is told in any case"
@@ -265,8 +265,8 @@ def test_what_does_not_fit_is_not_tried(tmp_path: Path, monkeypatch: pytest.Monk
     def tried(*given: Any) -> None:
         raise AssertionError("it was tried")
 
-    monkeypatch.setattr("saekit.runs.plan.free_memory", lambda devices: dict.fromkeys(devices, 1e3))
-    monkeypatch.setattr("saekit.runs.planned_duration.TimedRun.time", tried)
+    monkeypatch.setattr("saekit.planning.planner.free_memory", lambda devices: dict.fromkeys(devices, 1e3))
+    monkeypatch.setattr("saekit.planning.duration.TimedRun.time", tried)
     found = saekit.plan(run_config(tmp_path), model=hooked_transformer())
     assert found.fits is False
     assert found.facts["duration"] == "not measured: it does not fit"

@@ -10,7 +10,7 @@ from support.tiny import run_config
 
 import saekit
 from saekit.distributed.costs import Job, Mesh, advised, meshes
-from saekit.runs.planned_mesh import advice
+from saekit.planning.mesh import advice
 from saekit.sae.module import SAEModule
 
 

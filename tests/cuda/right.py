@@ -11,7 +11,7 @@ import torch
 from cases import CASES, Made, rows, target_of, trainer_of, weights_of
 
 from saekit.data import ShuffleBuffer
-from saekit.runs.planned_step import step_bytes
+from saekit.planning.step_costs import step_bytes
 from saekit.site import Site, Sites
 from saekit.training.loop import Lane, fit
 from saekit.training.trainer import SAETrainer

@@ -34,8 +34,8 @@ import saekit
 from saekit.data import Corpus
 from saekit.data.cache import Manifest, verify_cache
 from saekit.errors import ConfigError, DataError, ModelError, StorageError
+from saekit.planning.cache import plan_cache
 from saekit.runs.opening import open_stream
-from saekit.runs.planned_cache import plan_cache
 from saekit.testing import FakeBackend
 
 # ---- writing

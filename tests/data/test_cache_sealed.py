@@ -22,7 +22,7 @@ from saekit.data.cache import CacheWriter, Manifest, verify_cache
 from saekit.data.cache.manifest import SiteRows
 from saekit.data.cache.table import sealed
 from saekit.errors import DataError
-from saekit.runs.planned_cache import plan_cache
+from saekit.planning.cache import plan_cache
 from saekit.testing import FakeBackend
 
 Table = dict[str, Any]

@@ -222,7 +222,7 @@ def test_a_cache_that_is_read_very_often(tmp_path: Path) -> None:
 
 
 def test_a_plan_estimates_a_long_text_by_its_beginning(tmp_path: Path) -> None:
-    from saekit.runs.planned_text import text_length
+    from saekit.planning.text import text_length
 
     def length(config: DatasetConfig, dataset: Any = None) -> Any:
         return text_length(Corpus.of(config, EvalsConfig(), dataset), FakeBackend())

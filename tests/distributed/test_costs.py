@@ -15,8 +15,8 @@ from saekit.distributed import ALONE
 from saekit.distributed.costs import Job, Mesh, Rates, advised, meshes
 from saekit.distributed.group import Group
 from saekit.distributed.sizes import LARGE, counts_sent
+from saekit.planning.step_costs import job_of, step_bytes
 from saekit.runs.parts import moment_bytes
-from saekit.runs.planned_step import job_of, step_bytes
 
 BENCH = Path(__file__).parents[1] / "bench"
 

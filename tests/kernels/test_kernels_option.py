@@ -15,7 +15,7 @@ import saekit.kernels.screen
 import saekit.precision
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError
-from saekit.runs.planned_step import step_bytes
+from saekit.planning.step_costs import step_bytes
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.trainer import SAETrainer
 

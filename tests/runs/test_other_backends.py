@@ -13,7 +13,7 @@ from support.causal_lms import causal_lm, causal_lm_folder
 from support.tiny import needs_transformer_lens_3, run_config
 
 import saekit
-from saekit.runs import other_backends
+from saekit.planning import other_backends
 
 TABLE: dict[str, Any] = {"name": "HookedTransformer", "from_pretrained_kwargs": dict.fromkeys(
     ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)}  # fmt: skip

@@ -20,10 +20,13 @@ from saekit.data.activations import ActivationStream
 from saekit.errors import ConfigError
 from saekit.evals.forwards import logit_contexts
 from saekit.kinds import ACTIVATION_SOURCES
-from saekit.runs import other_ways, planned_duration, planned_time
-from saekit.runs.other_ways import Compared, compared
-from saekit.runs.planned_memory import Memory, Need, Of
-from saekit.runs.planned_time import Served, Times, evals_of, ran_ahead, timed_writing
+from saekit.planning import duration as planned_duration
+from saekit.planning import evals as planned_evals
+from saekit.planning import other_ways
+from saekit.planning import times as planned_times
+from saekit.planning.memory import Memory, Need, Of
+from saekit.planning.other_ways import Compared, compared
+from saekit.planning.times import Served, Times, evals_of, ran_ahead, timed_writing
 from saekit.runs.staging import Staging
 from saekit.runs.working_memory import resident, resident_peak
 from saekit.training.trainer import SAETrainer
@@ -326,13 +329,13 @@ def test_an_eval_is_measured_again_before_it_is_scaled(
         seen.append(len(contexts))
         now[0] += next(takes)
 
-    monkeypatch.setattr(planned_time, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(planned_time, "all_called", called)
-    monkeypatch.setattr(planned_time, "weight_metrics", lambda sae: None)
+    monkeypatch.setattr(planned_times, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(planned_times, "all_called", called)
+    monkeypatch.setattr(planned_times, "weight_metrics", lambda sae: None)
     trainer: Any = SimpleNamespace(raw_sae=lambda: None, sae=SimpleNamespace(parameters=list))
     backend: Any = None
     contexts = torch.zeros(100, 4)
-    assert planned_time.timed_eval(load_config({}), trainer, backend, {}, contexts, left) == found
+    assert planned_times.timed_eval(load_config({}), trainer, backend, {}, contexts, left) == found
     assert seen == asked
 
 
@@ -353,7 +356,7 @@ def test_evals_that_fail_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyP
     def failing(*given: Any) -> tuple[float, float]:
         raise RuntimeError("no such thing")
 
-    monkeypatch.setattr(planned_duration, "timed_eval", failing)
+    monkeypatch.setattr(planned_evals, "timed_eval", failing)
     found = saekit.plan(run_config(tmp_path, checkpoints={"folder": str(tmp_path), "every_minutes": 1000}))
     assert "evals could not be timed: no such thing" in found.warnings
     assert "eval_seconds" not in found.numbers
@@ -369,7 +372,7 @@ def test_a_verdict_counts_what_is_no_tensor() -> None:
 
 
 def test_evals_are_part_of_the_duration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned_duration, "timed_eval", lambda *given: (1000.0, 50.0))
+    monkeypatch.setattr(planned_evals, "timed_eval", lambda *given: (1000.0, 50.0))
     found = saekit.plan(run_config(tmp_path, evals={"every_n_steps": 4}))
     numbers = found.numbers
     assert numbers["eval_seconds"] == 2050

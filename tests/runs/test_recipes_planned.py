@@ -11,8 +11,8 @@ from support.outlines import CONFIGS, put_in_cache
 
 import saekit
 from saekit.config.recipes import find_recipe, recipes
+from saekit.planning.plan import Plan
 from saekit.plugins.manager import default_manager
-from saekit.runs.planned import Plan
 
 GPU = ["model.device=cuda", "training.device=cuda"]
 CPU = ["model.device=cpu", "training.device=cpu"]

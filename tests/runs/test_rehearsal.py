@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -18,10 +19,13 @@ from saekit.config.files import load_config
 from saekit.data import ContextStream, StreamContext, TokenPolicy
 from saekit.distributed.world import ALONE
 from saekit.errors import DataError, DivergedError, ModelError
+from saekit.planning import duration as planned_duration
+from saekit.planning import rehearsal
+from saekit.planning import times as planned_times
+from saekit.planning.rehearsal import Deadline, FirstRows, ForwardStage, rehearsed
+from saekit.planning.stepped import Rehearsed, part_added
+from saekit.planning.times import Times
 from saekit.process_age import process_age
-from saekit.runs import planned_duration, planned_time, rehearsal
-from saekit.runs.planned_time import Times
-from saekit.runs.rehearsal import Deadline, FirstRows, ForwardStage, Rehearsed, part_added, rehearsed
 from saekit.testing import FakeBackend
 from saekit.tokens import TokenChoice
 from saekit.training.firing import FiringStatistics
@@ -223,6 +227,7 @@ def first_of(stream: StreamContext, skipped: int) -> list[int]:
 )
 def test_what_cannot_be_timed_is_a_warning(error: Exception, why: str, full: bool) -> None:
     run: Any = SimpleNamespace(facts={}, warnings=[])
+    run._untimed = lambda why: planned_duration.TimedRun._untimed(run, why)
 
     def failing() -> None:
         raise error
@@ -245,7 +250,7 @@ def test_dead_features_are_seen_on_other_devices(there: bool, monkeypatch: pytes
     seen: list[Any] = []
     trainer: Any = SimpleNamespace(
         firing=found, step=2, training=SimpleNamespace(dead_after=3, steps=100, compile=False), generator=None,
-        backend=None, rounds_products=False, finished=False,
+        backend=None, _rounding=lambda device: contextlib.nullcontext(), finished=False,
         sae=SimpleNamespace(training_step=lambda x, step: seen.append(step.dead)),
     )  # fmt: skip
     SAETrainer._gradients(trainer, torch.ones(2, 3), None, None)
@@ -314,17 +319,17 @@ def test_what_forwards_beside_a_step_add(together: float, step: float, forwards:
 
 
 def test_pictures_are_drawn_of_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planned_time.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(planned_times.tempfile, "tempdir", str(tmp_path))
     drawn: list[Any] = []
 
     def draw(folder: Path) -> None:
-        drawn.append(planned_time.read_run(folder).saes["sae"])
+        drawn.append(planned_times.read_run(folder).saes["sae"])
         assert drawn[0].tokens > 0
         assert "losses/overall_loss" in drawn[0].history.series
 
-    monkeypatch.setattr(planned_time, "pictures_after", draw)
+    monkeypatch.setattr(planned_times, "pictures_after", draw)
     config = load_config({"training": {"training_tokens": 4096 * 50, "train_batch_size_tokens": 4096}})
-    seconds = planned_time.timed_pictures(config, saekit.default_manager(), {"losses/overall_loss": 2.0})
+    seconds = planned_times.timed_pictures(config, saekit.default_manager(), {"losses/overall_loss": 2.0})
     assert seconds > 0
     assert len(drawn) == 1
     assert (
@@ -336,20 +341,20 @@ def test_pictures_are_drawn_of_what_was_logged(tmp_path: Path, monkeypatch: pyte
 
 def test_what_was_logged_is_read_as_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[Any] = []
-    monkeypatch.setattr(planned_time, "pictures_after", lambda folder: lines.append(drawn(folder)))
+    monkeypatch.setattr(planned_times, "pictures_after", lambda folder: lines.append(drawn(folder)))
 
     def drawn(folder: Path) -> Any:
-        return json.loads(planned_time.read_run(folder).saes["sae"].metrics.read_text().splitlines()[0])
+        return json.loads(planned_times.read_run(folder).saes["sae"].metrics.read_text().splitlines()[0])
 
     config = load_config({})
     given = {"losses/overall_loss": float("nan"), "metrics/of": Histogram((1, 2), (0.0, 1.0, float("inf")))}
-    planned_time.timed_pictures(config, saekit.default_manager(), given)
+    planned_times.timed_pictures(config, saekit.default_manager(), given)
     assert lines[0]["losses/overall_loss"] is None
     assert lines[0]["metrics/of"] == {"counts": [1, 2], "edges": [0.0, 1.0, None]}
 
 
 def test_pictures_that_cannot_be_drawn_are_not_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(planned_time.tempfile, "tempdir", str(tmp_path / "gone"))
+    monkeypatch.setattr(planned_times.tempfile, "tempdir", str(tmp_path / "gone"))
     run: Any = SimpleNamespace(
         config=load_config({}), plugins=saekit.default_manager(), logged={}, world=ALONE, warnings=[]
     )

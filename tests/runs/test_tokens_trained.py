@@ -16,7 +16,7 @@ from support.runs import contents, fake_config, manager, resume, stopped, train,
 import saekit
 from saekit.backends.base import Backend
 from saekit.errors import ConfigError
-from saekit.runs import rehearsal
+from saekit.planning import rehearsal
 from saekit.testing import FakeBackend
 
 SIZE = 16

@@ -26,7 +26,7 @@ from saekit import SAE
 from saekit.config import TrainingConfig
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.kernels import SparseFeatures, Workspace
-from saekit.runs.planned_step import step_bytes
+from saekit.planning.step_costs import step_bytes
 
 D_IN, D_SAE = 12, 40
 DICTIONARY_LEARNING = {

@@ -146,7 +146,7 @@ def _looked_at_once() -> Iterator[None]:
 def _made_short() -> Iterator[None]:
     """The demo looks for features in little text, and a plan times a few batches."""
     from saekit.commands import demo
-    from saekit.runs import rehearsal
+    from saekit.planning import rehearsal
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_CONTEXTS", 48)

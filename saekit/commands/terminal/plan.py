@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from saekit.commands.terminal.arguments import ConfigFile, Overrides, run_config, source_of
+from saekit.commands.terminal.arguments import ConfigFile, Overrides, run_config, run_configs, source_of
 
 __all__ = ["EXAMPLES", "plan"]
 
@@ -18,6 +18,7 @@ EXAMPLES = """
     saekit plan run.toml
     saekit plan run.toml --no-load
     saekit plan run.toml --measure
+    saekit plan run.toml --grid sae.l1_coefficient=1,5,10
     saekit plan model.name=gpt2 site.hook_name=blocks.8.hook_resid_pre
 """
 
@@ -30,6 +31,10 @@ def _advised(texts: Iterable[str]) -> str:
 def plan(
     config: ConfigFile,
     overrides: Overrides = None,
+    axes: Annotated[
+        list[str] | None,
+        typer.Option("--grid", help="section.option=value,value,...: of an SAE for each, on one run of the model."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
     load: Annotated[
         bool,
@@ -54,9 +59,10 @@ def plan(
     from saekit.plugins.manager import default_manager
     from saekit.process_age import process_age
 
-    checked = run_config(*source_of(config, overrides))
+    source, given = source_of(config, overrides)
+    checked = run_configs(source, given, axes) if axes else [run_config(source, given)]
     started = process_age()  # a run's process takes as long to come here
-    early: list[str] = [] if as_json else preflight.of_training([checked], default_manager()).texts
+    early: list[str] = [] if as_json else preflight.of_plan(checked, default_manager())[1]
     for text in early:  # now, and not when the model has run
         typer.echo(f"problem: {text}")
     sys.stdout.flush()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 import attrs
 import torch
 
-from saekit.config import TrainConfig
+from saekit.config import EvalsConfig, TrainConfig
 from saekit.data import Contexts, ContextStream, Corpus, Documents, StreamContext, TokenPolicy
 from saekit.data.activations import check_contexts
 from saekit.data.documents import Conversation
 from saekit.data.in_memory import is_one_text
 from saekit.errors import SaekitError
+from saekit.planning.findings import Findings, of_all
+from saekit.planning.lanes import PlannedLane
 from saekit.protocols import ModelBackend
-from saekit.runs.counting import Used
+from saekit.runs.counting import Counted, Used
 from saekit.runs.first_loss import first_loss, first_loss_text
 from saekit.runs.opening import repeated
 
-__all__ = ["TextFindings", "look_at_text", "no_contexts", "text_length"]
+__all__ = ["TextFindings", "counted_unread", "look_at_texts", "no_contexts", "text_length"]
 
 T = TypeVar("T")
 _LOOK_AT = 100_000  # tokens, at most, to estimate the text's length
@@ -48,7 +51,7 @@ class _Attempt(Protocol):
 
 @attrs.frozen
 class TextFindings:
-    """For :class:`saekit.runs.plan.Plan`."""
+    """For :class:`saekit.planning.planner.Plan`."""
 
     facts: dict[str, str] = attrs.field(factory=dict)
     warnings: list[str] = attrs.field(factory=list)
@@ -94,17 +97,71 @@ def look_at_text(
         and (held := attempt(lambda: corpus.held_out(backend, seed=0))) is not None
     ):
         found.warnings.extend(corpus.held_out_doubts(len(held)))
+    found.facts.update(_held_out_facts(evals, corpus))
+    found.facts["when the text ends"] = _AT_THE_END[corpus.config.on_exhausted]
+    return found
+
+
+def _held_out_facts(evals: EvalsConfig, corpus: Corpus) -> dict[str, str]:
+    """What evals measure on."""
     kept = f"split {evals.split!r}" if evals.split else f"one document in {evals.held_out_every}"
     if evals.split is None and is_one_text(corpus.dataset):
         kept = f"the last of {evals.held_out_every} parts of the text"
-    found.facts["held out"] = f"{kept}, {evals.n_contexts} contexts" if evals.reads_text else "nothing"
-    if evals.reads_text:
-        found.facts["dead features"] = (
+    if not evals.reads_text:
+        return {"held out": "nothing"}
+    return {
+        "held out": f"{kept}, {evals.n_contexts} contexts",
+        "dead features": (
             f"an eval counts those that fired on none of its {evals.n_contexts * corpus.context_size:,} tokens, nor in "
             "the last window of training"
-        )
-    found.facts["when the text ends"] = _AT_THE_END[corpus.config.on_exhausted]
+        ),
+    }
+
+
+def look_at_texts(
+    lanes: Sequence[PlannedLane], corpus: Corpus, backend: ModelBackend, findings: Findings
+) -> TextFindings:
+    """:func:`look_at_text` for the SAE that takes the most tokens and the evals that take the most contexts, with what
+    differs for others; what is wrong goes to ``findings``."""
+    lead = max(lanes, key=lambda lane: (lane.reads, lane.longest.config.training.total_tokens))
+    members = [member for lane in lanes for member in lane.members]
+    widest = max((one.config.evals for one in members), key=lambda evals: (evals.reads_text, evals.n_contexts))
+    config = attrs.evolve(lead.longest.config, evals=widest)
+    own = attrs.evolve(corpus, evals=widest, mask=config.tokens.mask_column)
+    found = look_at_text(config, own, backend, findings.attempt, lead.stream, reads=lead.reads)
+    findings.doubt(*found.warnings)
+    if len(members) == 1:
+        return found
+    used = {config.tokens: {name: found.facts[name] for name in ("tokens",) if name in found.facts}}
+    for lane in lanes:
+        longest = lane.longest.config
+        if lane.reads and longest.tokens not in used:
+            given = longest, corpus, backend, lane.stream
+            other = findings.attempt(partial(Used.of, *given), of=lane.names) or Used()
+            findings.doubt(*other.doubts, of=lane.names)
+            used[longest.tokens] = other.facts
+    names = [member.name for member in members]
+    facts = {
+        member.name: used.get(member.config.tokens, {}) | _held_out_facts(member.config.evals, corpus)
+        for member in members
+    }
+    for what in ("tokens", "held out", "dead features"):
+        if texts := {name: told[what] for name, told in facts.items() if what in told}:
+            found.facts[what] = of_all(texts, names)
     return found
+
+
+def counted_unread(lanes: Sequence[PlannedLane], corpus: Corpus) -> str:
+    """How many tokens count, as far as positions say it; empty where all do."""
+    texts: dict[str, str] = {}
+    for lane in lanes:
+        stream, tokens = lane.stream, lane.longest.config.tokens
+        if stream.has_model and not stream.counts_all:
+            counted = Counted(stream.rows_per_context(corpus.context_size), corpus.context_size)
+            by_text = stream.choice.exclude or tokens.mask_column is not None
+            unread = f"at most {counted}: how many, the text says, and it was not read"
+            texts |= dict.fromkeys(lane.names, unread if by_text else str(counted))
+    return of_all(texts, [name for lane in lanes for name in lane.names]) if texts else ""
 
 
 def _contexts_text(context_size: int, policy: TokenPolicy, backend: ModelBackend) -> str:

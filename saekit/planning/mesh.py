@@ -75,15 +75,17 @@ def facts_of_mesh(job: Job, mesh: Mesh) -> dict[str, str]:
     }
 
 
-def facts_of_layout(job: Job, world: World) -> dict[str, str]:
-    """What there is to know where this is one of several SAEs that are laid out over processes."""
+def facts_of_layout(job: Job, world: World, numbers: int, here: int = 1, saes: int = 1) -> dict[str, str]:
+    """What there is to know where ``saes`` are laid out over processes, and what is told is of one that has so many of
+    them ``here``; or of one SAE of those.  Batches, of all lanes, have so many ``numbers``."""
     parts = world.saes.size
     if parts == 1:
         return {}
-    facts = f"{world.size} processes, those with the same rows in {parts} parts: this is what one takes for one SAE"
+    own = "for one SAE" if saes == 1 else f"that trains {here} of {saes} SAEs; none has more weights to train"
+    facts = f"{world.size} processes, those with the same rows in {parts} parts: this is what one takes {own}"
     if job.gathers_rows:
-        own = 4 * job.rows * job.d_in / world.size
-        facts += f", and each sends its {bytes_text(own)} of each batch to {parts - 1} more"
+        sent = 4 * numbers / world.size
+        facts += f", and each sends its {bytes_text(sent)} of each batch to {parts - 1} more"
     return {"sweep": facts}
 
 

@@ -24,9 +24,9 @@ from saekit.plugins.manager import PluginManager
 from saekit.protocols import ModelBackend
 from saekit.reasons import reason
 from saekit.runs.opening import build_backend
-from saekit.runs.planned_memory import free_memory
 from saekit.runs.randomness import seeded
 from saekit.runs.timing import duration_text
+from saekit.runs.working_memory import free_memory
 
 __all__ = ["SIZES_FACT", "Compared", "compared", "told_of_ways"]
 

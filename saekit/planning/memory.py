@@ -8,9 +8,7 @@ from enum import StrEnum
 from pathlib import Path
 
 import attrs
-import torch
 
-from saekit.data.cache.read import available_memory
 from saekit.evals.pieces import at_once
 from saekit.runs.timing import bytes_text
 from saekit.sae.module import SAEModule
@@ -22,7 +20,6 @@ __all__ = [
     "Verdict",
     "eval_bytes",
     "free_disk",
-    "free_memory",
     "process_text",
     "standing_place",
     "verdict",
@@ -34,7 +31,9 @@ class Of(StrEnum):
 
     MODEL = "the model"
     SAE = "the SAE in training"
+    SAES = "the SAEs in training"
     BUFFER = "the buffer of activations"
+    KEPT = "forwards that wait for other SAEs"
     FORWARD = "running the model"
     STEP = "a training step"
     EVALS = "evals"
@@ -49,7 +48,11 @@ class Of(StrEnum):
 _LESS = {
     Of.MODEL: "choose model.dtype=bfloat16, or a smaller model",
     Of.SAE: "choose fewer features (sae.d_sae)",
+    Of.SAES: "train fewer at a time, have several processes train some each (distributed.saes), or choose fewer "
+    "features",
     Of.BUFFER: "lower activations.source.n_batches_in_buffer",
+    Of.KEPT: "give SAEs the same seed, batch size and activations.source, so that they share batches, or lower "
+    "activations.source.n_batches_in_buffer",
     Of.FORWARD: "lower activations.source.store_batch_size_prompts",
     Of.STEP: "lower training.train_batch_size_tokens",
     Of.EVALS: "lower batch_size_prompts of what evals.run names",
@@ -149,20 +152,6 @@ def process_text(tensors: float, libraries: float) -> str:
         f"about {bytes_text(tensors + libraries)}: {bytes_text(tensors)} of memory on cpu, and {bytes_text(libraries)} "
         "of Python and its libraries"
     )
-
-
-def free_memory(devices: Sequence[str]) -> dict[str, float]:
-    """Bytes that are free on each of ``devices``; those of which it cannot be found out are left out."""
-    found: dict[str, float] = {}
-    for device in devices:
-        kind = torch.device(device).type
-        if kind == "cpu":
-            found[device] = available_memory()
-        elif kind == "cuda" and torch.cuda.is_available():
-            found[device] = torch.cuda.mem_get_info(device)[0]
-        elif kind == "mps" and torch.backends.mps.is_available():
-            found[device] = torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    return found
 
 
 def free_disk(folder: str) -> int:

@@ -17,14 +17,14 @@ from saekit.devices import synchronize
 from saekit.errors import SaekitError
 from saekit.hub import cached_alone
 from saekit.kinds import MODEL_BACKENDS
+from saekit.planning.other_ways import Compared
 from saekit.plugins.building import blamed, built, outlined
 from saekit.plugins.manager import PluginManager
 from saekit.plugins.registry import Registered
 from saekit.protocols import ModelBackend
-from saekit.runs.other_ways import Compared
-from saekit.runs.planned_memory import free_memory
 from saekit.runs.randomness import seeded
 from saekit.runs.timing import bytes_text
+from saekit.runs.working_memory import free_memory
 from saekit.site import Site
 
 __all__ = ["told_of_other_forwards", "told_of_others"]

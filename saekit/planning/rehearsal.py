@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import attrs
@@ -19,18 +19,25 @@ from saekit.abilities import SourceForwards
 from saekit.data import ActivationStream, Prefetched, ShuffleBuffer, StreamContext
 from saekit.devices import synchronize
 from saekit.errors import DataError, DivergedError
+from saekit.planning.stepped import Rehearsed, Stepped, part_added
 from saekit.site import Site
 from saekit.training.loop import Lane, fit
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
-__all__ = ["Deadline", "FirstRows", "ForwardStage", "Rehearsal", "Rehearsed", "part_added", "rehearsed"]
+__all__ = [
+    "Deadline",
+    "FirstRows",
+    "ForwardStage",
+    "Look",
+    "Rehearsal",
+    "rehearsed",
+]
 
 _LIMIT = 20.0  # seconds for all of it: what has begun is ended, and nothing else is begun
 _SPARE = 2.0  # seconds that the first step may take, for another to be made when that time is over
 _SECONDS = 4.0  # for batches in turns, and half of it for both at once, beside the first of each
 _MOST = 24  # of them
-_LONGEST = 1.5  # as much of a forward's time, at most, is added to the steps beside it: more is chance
 
 
 class _Batches(Protocol):
@@ -43,7 +50,8 @@ class Deadline:
     """When a plan stops to time what a run does, from its making on."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        self._end = time.perf_counter() + (_LIMIT if seconds is None else seconds)
+        self._seconds = _LIMIT if seconds is None else seconds
+        self._end = time.perf_counter() + self._seconds
 
     @property
     def left(self) -> float:
@@ -53,6 +61,11 @@ class Deadline:
     @property
     def passed(self) -> bool:
         return self.left <= 0
+
+    @property
+    def half_passed(self) -> bool:
+        """Whether no more than half of the time is left."""
+        return self.left <= self._seconds / 2
 
 
 class ForwardStage:
@@ -93,53 +106,86 @@ class ForwardStage:
         self._model.load_state_dict(state)
 
 
+Look = Callable[[Mapping[str, float | Histogram]], object]
+"""Is told of the metrics of a first step."""
+
+
 @attrs.define(eq=False)
 class Rehearsal:
-    """What stands for a run's source, and looks on: it hands a few batches to the loop, and notes when."""
+    """What hands a few batches to the loop, and notes when: of each, the trainers make their steps in turn."""
 
     rows: _Batches
     """Forwards, or what is read."""
-    trainer: SAETrainer
+    trainers: Sequence[SAETrainer]
     deadline: Deadline
     buffer: ShuffleBuffer | None
     """What forwards are mixed in; None: what is read are batches."""
     seconds: float
-    first: Callable[[Mapping[str, float | Histogram]], object] = lambda metrics: None
-    """Is told of the first step's metrics."""
+    looks: Sequence[Look] = ()
+    """For each trainer, what is told of its first step."""
     given: list[float] = attrs.field(factory=list, init=False)
     """When the loop was given each batch, or would have been, of the last."""
-    steps: list[float] = attrs.field(factory=list, init=False)
-    """Seconds of each step, with what the loop does beside it."""
+    steps: list[list[float]] = attrs.field(init=False)
+    """Seconds of the steps of each trainer, with what the loop does beside them."""
     made: list[float] = attrs.field(factory=list, init=False)
     """Seconds per row of the rows that were waited for, each time."""
     cut: bool = attrs.field(default=False, init=False)
     """Whether the deadline passed while a batch was made, which then has rows more than once."""
     _tiled: Batch | None = attrs.field(default=None, init=False)
     _ended: bool = attrs.field(default=False, init=False)
+    _newest: Batch | None = attrs.field(default=None, init=False)
+    _turn: tuple[int, float] = attrs.field(default=(0, 0.0), init=False)  # whose, and when it began
 
-    def __iter__(self) -> Iterator[Batch]:
-        return self
+    def __attrs_post_init__(self) -> None:
+        self.steps = [[] for _ in self.trainers]
 
-    def __next__(self) -> Batch:
-        if self._late():
+    @property
+    def rounds(self) -> list[float]:
+        """Seconds of the steps of all trainers on each batch."""
+        return [
+            sum(own[number] for own in self.steps if number < len(own)) for number in range(max(map(len, self.steps)))
+        ]
+
+    def batch_for(self, number: int) -> Batch:
+        """The next of the trainer of this number: one that others have had before it, or a new one."""
+        if len(self.steps[number]) == len(self.given):
+            self._newest = self._next()
+        elif number and self.deadline.passed and self._enough(number):
+            raise StopIteration  # the others of the round have theirs
+        if self._newest is None:
+            raise StopIteration  # those before it have had the last
+        self._turn = number, time.perf_counter()
+        return self._newest
+
+    def _next(self) -> Batch:
+        self._newest, rounds = None, self.rounds
+        if self._late(rounds):
             raise StopIteration
         batch = self._batch()
         self.given.append(time.perf_counter())
         past = self.given[-1] - self.given[0] > self.seconds
-        if len(self.steps) >= _MOST or (len(self.steps) >= 2 and past) or self._late():
+        if len(rounds) >= _MOST or (len(rounds) >= 2 and past) or self._late(rounds):
             raise StopIteration
         return batch
 
-    def _late(self) -> bool:
-        """Whether the time of all is over, and what there is will do; a first step that was short says little."""
-        return self.deadline.passed and bool(self.steps) and (len(self.steps) >= 2 or self.steps[0] > _SPARE)
+    def _late(self, rounds: Sequence[float]) -> bool:
+        """Whether the time of all is over, and what there is will do; a first step that was short says little.  Of
+        several SAEs, no round is begun that would not end in time."""
+        last = rounds[-1] if rounds and len(self.trainers) > 1 else 0.0
+        return self.deadline.left <= last and bool(rounds) and (len(rounds) >= 2 or rounds[0] > _SPARE)
+
+    def _enough(self, number: int) -> bool:
+        """Whether what there is of the trainer of this number will do when the time is over: none is begun, and one
+        more step is made after a first only where first steps were short."""
+        firsts = [own[0] for own in self.steps if own]
+        return len(self.steps[number]) != 1 or sum(firsts) > _SPARE
 
     def _batch(self) -> Batch:
         if self.buffer is None:
             return self._timed()
         if self.cut and self._tiled is not None:
             return self._tiled
-        wanted = min(self.trainer.training.train_batch_size_tokens, self.trainer.training.total_tokens)
+        wanted = _rows_of(self.trainers)
         while (there := self.buffer.filled + self.buffer.waiting) < wanted and not self._ended:
             if there and self.deadline.passed:
                 self.cut = True
@@ -150,7 +196,7 @@ class Rehearsal:
                 self._ended = True
         if self.buffer.waiting:
             self.buffer.shuffle()
-        if (self.cut or (self._ended and not self.steps)) and 0 < (n := self.buffer.filled) < wanted:
+        if (self.cut or (self._ended and not self.rounds)) and 0 < (n := self.buffer.filled) < wanted:
             self._tiled = self.buffer.take(n).at(torch.arange(wanted) % n)  # there is no more text, or time
             return self._tiled
         if not self.buffer.filled:
@@ -165,18 +211,35 @@ class Rehearsal:
         return batch
 
     def after_step(self, trainer: SAETrainer, metrics: dict[str, float | Histogram]) -> None:
-        if trainer.step == 1 and metrics:
-            self.first(metrics)
+        if trainer.step == 1 and metrics and self.looks:
+            self.looks[self._turn[0]](metrics)
 
     def after_batch(self) -> None:
-        synchronize(self.trainer.device)
-        self.steps.append(time.perf_counter() - self.given[-1])
+        number, begun = self._turn
+        synchronize(self.trainers[number].device)
+        self.steps[number].append(time.perf_counter() - begun)
 
     def run(self) -> None:
-        """Until the time is over, or the run would be; :class:`DivergedError` as of the run."""
-        fit([Lane(self, [self.trainer])], [self])
-        if self.trainer.diverged is not None:
-            raise DivergedError(self.trainer.diverged)
+        """Until the time is over, or the run would be; :class:`DivergedError` as of the run, if all diverge."""
+        fit([Lane(_Turn(self, number), [trainer]) for number, trainer in enumerate(self.trainers)], [self])
+        if all(trainer.diverged is not None for trainer in self.trainers):
+            whys = [one.diverged if len(self.trainers) == 1 else f"{one.name}: {one.diverged}" for one in self.trainers]
+            raise DivergedError("; ".join(map(str, whys)))
+
+
+@attrs.frozen(eq=False)
+class _Turn:
+    """What stands for the source of one of the trainers: the loop lets them step one after the other, each on batches
+    that all have, and says when each is done."""
+
+    rehearsal: Rehearsal
+    number: int
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        return self.rehearsal.batch_for(self.number)
 
     # ---- what else a source has; no loop asks for it
 
@@ -191,42 +254,10 @@ class Rehearsal:
     def close(self) -> None: ...
 
 
-@attrs.frozen(kw_only=True)
-class Rehearsed:
-    """Seconds of what a run does again and again."""
-
-    per_row: float
-    """Of a row that the model makes, or that is read, between steps."""
-    step: float
-    """Between forwards, with what the loop does."""
-    late: float
-    """The same when those features are dead that fired in no step before, where steps of the run have dead ones: an
-    architecture may teach them by products of their own."""
-    cold: float
-    """What the first forward and the first step took beyond the others."""
-    shared: float
-    """How much of the time of a forward that is made while an SAE trains is added to that of its step."""
-    forwards: int
-    """How many were timed, or reads."""
-    steps: int
-    """How many were timed."""
-    held: int = 0
-    """Bytes of the rows that were mixed meanwhile."""
-
-    def mean_step(self, steps: int, dead_after: int) -> float:
-        """Seconds of the average of ``steps``, of which the first ``dead_after`` have no dead features."""
-        early = min(steps, dead_after)
-        return (early * self.step + (steps - early) * self.late) / max(steps, 1)
-
-
-def part_added(together: float, step: float, forwards: float) -> float:
-    """How much of the time of forwards beside steps is added to these: 0 where they share nothing, 1 where everything.
-
-    ``together``: seconds of a batch with both at once, where by themselves a ``step`` and the ``forwards`` of a batch
-    take as many.  Of forwards that take longer than the step, the rest is waited for in any case.
-    """
-    most = min(step, forwards)
-    return min(max((together - step - max(forwards - step, 0.0)) / most, 0.0), _LONGEST) if most > 0 else 1.0
+def _rows_of(trainers: Sequence[SAETrainer]) -> int:
+    """Rows of a batch that is for all of them."""
+    training = [trainer.training for trainer in trainers]
+    return max(min(one.train_batch_size_tokens, one.total_tokens) for one in training)
 
 
 @attrs.define
@@ -252,56 +283,68 @@ def rehearsed(
     forward: int,
     ahead: bool,
     alone: float,
-    look: Any,
+    look: Look,
     deadline: Deadline | None = None,
+    beside: Sequence[tuple[SAETrainer, Look]] = (),
+    share: float = 1.0,
 ) -> Rehearsed:
     """What batches of ``rows`` (a :class:`ForwardStage`, or what reads them) and steps of ``trainer`` take.
 
     ``forward``: rows of one forward at most; 0: what is read are whole batches.  ``ahead``: whether a thread makes
     forwards while steps are made, of which the part ``alone`` is added to them where that cannot be measured.
     ``look`` is told of the metrics of the first step.  What would not end before the ``deadline`` is not begun.
+    Trainers ``beside`` it make their steps after it, on the same batches.  ``share``: of the seconds that there are for
+    batches, as many are for these.
     """
-    deadline = deadline or Deadline()
-    batch = min(trainer.training.train_batch_size_tokens, trainer.training.total_tokens)
+    deadline, seconds = deadline or Deadline(), share * _SECONDS
+    trainers, looks = [trainer, *(one for one, _ in beside)], [look, *(one for _, one in beside)]
+    batch = _rows_of(trainers)
     n = len(begun := first.given())
     mixed = _buffer_for(begun, batch + forward) if forward else None
     source = rows if mixed else _Before(begun, rows)
-    turns = Rehearsal(source, trainer, deadline, mixed and mixed(), seconds=_SECONDS, first=look)
+    turns = Rehearsal(source, trainers, deadline, mixed and mixed(), seconds=seconds, looks=looks)
     if turns.buffer is not None:
         turns.buffer.add(begun)
     del begun
     turns.run()
-    made, steps = turns.made if forward else turns.made[1:], turns.steps
+    made = turns.made if forward else turns.made[1:]
     per_row = statistics.median(made or [first.per_row])
-    step = statistics.median(steps[1 : trainer.training.dead_after + 1] or steps[:1] or [0.0])
-    cold = max((first.per_row - per_row) * n, 0.0) + max(max(steps[:1] or [0.0]) - step, 0.0)
+    steps = [_usual(own, one.training.dead_after) for one, own in zip(trainers, turns.steps, strict=True)]
+    colds = [max(max(own[:1] or [0.0]) - usual, 0.0) for own, usual in zip(turns.steps, steps, strict=True)]
     held, forwards = 0 if turns.buffer is None else turns.buffer.nbytes, 1 + len(made)
     del turns  # with its rows
-    late, shared = step, alone
-    least = 2 * (batch * per_row + step)  # seconds of two batches, and no fewer say anything
-    if deadline.left > least and _let_die(trainer):
-        later = Rehearsal(rows, trainer, deadline, mixed and mixed(), seconds=_SECONDS / 2)
+    lates, shared = list(steps), alone
+    least = 2 * (batch * per_row + sum(steps))  # seconds of two batches, and no fewer say anything
+    if deadline.left > least and any(dying := [_let_die(one) for one in trainers]):
+        later = Rehearsal(rows, trainers, deadline, mixed and mixed(), seconds=seconds / 2)
         later.run()
-        late = statistics.median(later.steps[1:] or later.steps or [step])
+        lates = [_late(*one) for one in zip(later.steps, steps, dying, strict=True)]
         forwards += len(later.made)
         del later
-    if ahead and mixed and not trainer.finished and step > 0 and deadline.left > least:
+    working = [late for late, one in zip(lates, trainers, strict=True) if not one.finished]
+    if ahead and mixed and sum(working) > 0 and deadline.left > least:
         with contextlib.closing(Prefetched[Batch](rows, -(-batch // forward))) as prefetched:
-            both = Rehearsal(prefetched, trainer, deadline, mixed(), seconds=_SECONDS / 2)
+            both = Rehearsal(prefetched, trainers, deadline, mixed(), seconds=seconds / 2)
             both.run()
         forwards += len(both.made)
         if (number := len(both.given) - 1) > 0 and not both.cut:
-            shared = part_added((both.given[-1] - both.given[0]) / number, late, per_row * batch)
-    return Rehearsed(
-        per_row=per_row,
-        step=step,
-        late=late,
-        cold=cold,
-        shared=shared,
-        forwards=forwards,
-        steps=trainer.step,
-        held=held,
+            shared = part_added((both.given[-1] - both.given[0]) / number, sum(working), per_row * batch)
+    own, *others = (
+        Stepped(step=step, late=late, cold=cold, steps=one.step if one.diverged is None else 0)
+        for step, late, cold, one in zip(steps, lates, colds, trainers, strict=True)
     )
+    cold = max((first.per_row - per_row) * n, 0.0)
+    return Rehearsed.of(own, per_row=per_row, cold=cold, shared=shared, forwards=forwards, held=held, beside=others)
+
+
+def _late(later: Sequence[float], step: float, dies: bool) -> float:
+    """Seconds of a step when features are dead, where some are."""
+    return statistics.median(later[1:] or later or [step]) if dies else step
+
+
+def _usual(steps: Sequence[float], dead_after: int) -> float:
+    """Seconds of a step that is not the first, before features are dead."""
+    return statistics.median(steps[1 : dead_after + 1] or steps[:1] or [0.0])
 
 
 def _buffer_for(rows: Batch, capacity: int) -> Callable[[], ShuffleBuffer]:

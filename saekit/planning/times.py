@@ -9,9 +9,9 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import attrs
 import torch
@@ -20,20 +20,22 @@ from torch import Tensor
 from saekit.config import TrainConfig
 from saekit.evals.calling import Asked, all_called
 from saekit.files.tensors import save_tensors
+from saekit.planning.memory import standing_place
 from saekit.plugins.manager import PluginManager
 from saekit.protocols import Eval, ModelBackend
 from saekit.reports.folder import read_run
 from saekit.reports.pictures import pictures_after
-from saekit.runs.planned_memory import standing_place
 from saekit.runs.randomness import seeded
 from saekit.runs.record import RunRecord
 from saekit.runs.timing import duration_text
+from saekit.sae.module import SAEModule
+from saekit.site import Sites
 from saekit.training.metrics import weight_metrics
 from saekit.training.trainer import SAETrainer
 from saekit.values import Histogram
 
 __all__ = [
-    "Served", "Stopwatch", "Times", "evals_of", "ran_ahead", "timed_copy", "timed_eval", "timed_pictures",
+    "Measured", "Served", "Stopwatch", "Times", "evals_of", "ran_ahead", "timed_copy", "timed_eval", "timed_pictures",
     "timed_writing",
 ]  # fmt: skip
 
@@ -89,7 +91,7 @@ class Times:
 
     @property
     def first(self) -> float:
-        """The end of the first step, from the beginning of the run."""
+        """The end of the first step of each SAE, from the beginning of the run."""
         return self.opening + self.filling + self.weights + self.cold + self.step
 
     @property
@@ -118,14 +120,14 @@ class Times:
             "seconds": self.end,
         }
 
-    def text(self, what: str, *, messages: bool, on: str = "") -> str:
+    def text(self, what: str, *, messages: bool, on: str = "", several: bool = False) -> str:
         """For people; ``what`` gives the batches, and processes send ``messages``, which are not counted.
 
-        ``on``: what it was timed on.
+        ``on``: what it was timed on; ``several``: there are more SAEs than one.
         """
         parts = [f"opening {duration_text(self.opening)}"]
         parts.append(f"{what} {duration_text(self.filling + self.forwards)}")
-        parts.append(f"the SAE {duration_text(self.cold + self.steps)}")
+        parts.append(f"the SAE{'s' * several} {duration_text(self.cold + self.steps)}")
         if self.evals:
             parts.append(f"evals {duration_text(self.evals)}")
         parts.append(f"weights and saving {duration_text(self.weights + self.copies + self.saving)}")
@@ -193,6 +195,10 @@ def evals_of(config: TrainConfig) -> int:
     return steps // every + bool(steps % every) if every else 1
 
 
+Measured: TypeAlias = tuple[SAETrainer, Sites, Mapping[str, Eval]]
+"""An SAE, where it is measured, and by what."""
+
+
 def timed_eval(
     config: TrainConfig,
     trainer: SAETrainer,
@@ -200,18 +206,20 @@ def timed_eval(
     evals: Mapping[str, Eval],
     contexts: Tensor | None,
     left: float = 0.0,
+    beside: Sequence[Measured] = (),
 ) -> tuple[float, float]:
     """Seconds of one measuring, by that of some contexts, and what the first takes beyond; raises what evals raise.
 
-    The first measuring makes what the others find there; it is all that is told by where it takes more seconds than
-    there are ``left``, or three.
+    What is ``beside`` is measured with it, which may be the same SAE again for another like it.  The first measuring
+    makes what the others find there; it is all that is told by where it takes more seconds than there are ``left``, or
+    three.
     """
-    weights = Stopwatch()
+    every, asked, weights = [(trainer, config.sites, evals), *beside], list[Asked](), 0.0
 
     def measured(some: Tensor | None) -> float:
         clock = Stopwatch()
         with clock():
-            all_called([Asked(sae, config.sites, evals)], backend=backend, contexts=some)
+            all_called(asked, backend=backend, contexts=some)
         return clock.seconds
 
     whole = 0 if contexts is None else len(contexts)
@@ -219,20 +227,34 @@ def timed_eval(
     times = whole / len(few) if few is not None and len(few) else 1.0
     try:
         with seeded(config.training.seed):
-            with weights():
-                sae = trainer.raw_sae()
-                weight_metrics(sae)
+            known: dict[int, tuple[SAEModule, float]] = {}
+            for one, sites, own in every:
+                if id(one) not in known:
+                    known[id(one)] = _weights_of(one)
+                sae, seconds = known[id(one)]
+                asked.append(Asked(sae, sites, own))
+                weights += seconds
             first = measured(few)
             if first > max(left, _SECONDS):
-                return weights.seconds + times * first, 0.0
+                return weights + times * first, 0.0
             again = measured(few)
             seconds, most = times * again, min(int(_FEW * _SECONDS / max(again, 1e-9)) // _FEW * _FEW, whole)
             if contexts is not None and most > _FEW:
                 seconds = whole * measured(contexts[:most]) / most
     finally:
-        for parameter in trainer.sae.parameters():
-            parameter.grad = None
-    return weights.seconds + seconds, max(first - again, 0.0)
+        for one, _, _ in every:
+            for parameter in one.sae.parameters():
+                parameter.grad = None
+    return weights + seconds, max(first - again, 0.0)
+
+
+def _weights_of(trainer: SAETrainer) -> tuple[SAEModule, float]:
+    """The SAE as it is measured, and the seconds that this and what is logged of its weights take."""
+    clock = Stopwatch()
+    with clock():
+        sae = trainer.raw_sae()
+        weight_metrics(sae)
+    return sae, clock.seconds
 
 
 def timed_writing(folder: str, size: float) -> float:

@@ -6,8 +6,6 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 TESTS = Path(__file__).parent
 FILES = [path for path in sorted(TESTS.rglob("*.py")) if "bench" not in path.relative_to(TESTS).parts]
 LONGEST = 500
@@ -32,12 +30,15 @@ def test_imports_are_found_wherever_they_stand() -> None:
     assert [module for module in imported(source) if is_no_helper(module)] == ["test_a", "runs.test_b", "conftest"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(TESTS)))
-def test_each_file_is_short_and_imports_no_other_test(path: Path) -> None:
-    source = path.read_text(encoding="utf-8")
-    assert len(source.splitlines()) <= LONGEST
-    found = [module for module in imported(source) if is_no_helper(module)]
-    assert not found, f"{path.name} imports {found}: what several test files use belongs in tests/support"
+def test_each_file_is_short_and_imports_no_other_test() -> None:
+    found = {}
+    for path in FILES:
+        source = path.read_text(encoding="utf-8")
+        if (length := len(source.splitlines())) > LONGEST:
+            found[path.name] = f"has {length} lines"
+        if others := [module for module in imported(source) if is_no_helper(module)]:
+            found[path.name] = f"imports {others}: what several test files use belongs in tests/support"
+    assert not found
 
 
 def test_no_two_test_files_have_one_name() -> None:

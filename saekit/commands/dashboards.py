@@ -83,15 +83,14 @@ def dashboard(
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard there is replaced; another file only with
     ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
-    seed = checked_seed(seed)
-    choice = Choice(features=_listed(features), random=random, top_by=top_by, count=count, seed=seed)
+    choice = Choice(features=_listed(features), random=random, top_by=top_by, count=count, seed=checked_seed(seed))
     place, sae = _checked(choice, loss_effects, (title, labels, sae), out, overwrite), named_of(what, sae)
     check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
 
-    look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
+    look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=choice.seed)
     fits = functools.partial(check_fit, sae=sae, features=choice.features, labels=labels)  # before collecting
     store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=fits)
     if place is None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from saekit.commands.beforehand import check_collecting
 from saekit.commands.effects import effects_of
 from saekit.commands.features import check_features
+from saekit.commands.looking import checked_seed
 from saekit.commands.stores import named_of, store_of
 from saekit.dashboards.choosing import Choice, check_choice, chosen
 from saekit.dashboards.effects import check_asked
@@ -82,14 +83,14 @@ def dashboard(
     The page is ``out``, or ``dashboard.html`` beside the store.  A dashboard there is replaced; another file only with
     ``overwrite``, and a store never.  :class:`saekit.errors.SaekitError` for what does not fit.
     """
-    choice = Choice(features=_listed(features), random=random, top_by=top_by, count=count, seed=seed)
+    choice = Choice(features=_listed(features), random=random, top_by=top_by, count=count, seed=checked_seed(seed))
     place, sae = _checked(choice, loss_effects, (title, labels, sae), out, overwrite), named_of(what, sae)
     check_collecting(what, folder, collecting)
     from saekit.dashboards.data import Look
     from saekit.dashboards.page import page_data, page_html
     from saekit.status import Status
 
-    look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=seed)
+    look = Look(top=top, quantiles=quantiles, per_quantile=per_quantile, window=window, seed=choice.seed)
     fits = functools.partial(check_fit, sae=sae, features=choice.features, labels=labels)  # before collecting
     store = store_of(what, folder, collecting, verbose=verbose, plugins=plugins, check=fits)
     if place is None:

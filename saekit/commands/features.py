@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from saekit._version import __version__
 from saekit.commands.beforehand import check_named, check_store
 from saekit.commands.evaluating import ChosenTokens, check_arguments, checked_data
+from saekit.commands.looking import checked_seed
 from saekit.commands.material import Material, Text
 from saekit.commands.subjects import Subject, at_home, subjects_of
 from saekit.errors import ConfigError, StorageError
@@ -82,6 +83,7 @@ def collect_features(
     """
     plugins = plugins or default_manager()
     tokens = check_arguments(n_contexts, contexts, exclude_special_tokens, seqpos_slice, mask)
+    seed = checked_seed(seed)
     contexts, mask = checked_data(contexts, mask)
     kept = _kept(batch_size, max_per_feature=max_per_feature, top_kept=top_kept, partners=partners, logits=logits)
     sizes = {"n_contexts": n_contexts, "context_size": context_size, "seed": seed}

@@ -5,6 +5,7 @@ As in :mod:`saekit.commands.jobs`, what does the work is imported when what can 
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from saekit.protocols import ModelBackend
     from saekit.sae.module import SAEModule
 
-__all__ = ["backend_of", "corpus_of", "load_model", "numbers_of"]
+__all__ = ["backend_of", "checked_seed", "corpus_of", "load_model", "numbers_of"]
 
 _KWARGS = "from_pretrained_kwargs"
 
@@ -197,3 +198,14 @@ def _packed_alike(
         return load_config({"dataset": {**known, **given}}, plugins=plugins).dataset
     except ConfigError:  # of another library, or of an older one
         return config
+
+
+def checked_seed(seed: Any) -> int:
+    """A whole number of any library as our own; :class:`ConfigError` for what no generator of all that draw takes."""
+    try:
+        found = -1 if isinstance(seed, bool) else operator.index(seed)
+    except TypeError:
+        found = -1
+    if not 0 <= found < 2**63:  # some take a negative one for its absolute value
+        raise ConfigError([("seed", f"must be a whole number of 0 or more, below 2**63, found {short(seed)}")])
+    return found

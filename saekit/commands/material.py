@@ -12,7 +12,7 @@ import attrs
 from saekit.abilities import HasModel
 from saekit.backends.around import built_backend
 from saekit.cautions import warn
-from saekit.commands.looking import backend_of, corpus_of, load_model, numbers_of
+from saekit.commands.looking import backend_of, checked_seed, corpus_of, load_model, numbers_of
 from saekit.commands.subjects import Subject
 from saekit.config import EvalsConfig, PluginChoice
 from saekit.config.files import plain_config
@@ -47,7 +47,7 @@ class Text:
     n_contexts: int = 64
     context_size: int | None = None
     """None: that of each SAE."""
-    seed: int = 0
+    seed: int = attrs.field(default=0, converter=checked_seed)
     mask: Mask | None = None
     """Which tokens count beside what SAEs say; None: those that the mask of an SAE's own text chooses."""
 
@@ -256,6 +256,9 @@ class Material:
             mask = None if taken.counts is None else torch.from_numpy(taken.counts)
         if len(found) < self.text.n_contexts:
             which = "held-out text" if held_out else "text"
+            which = (
+                which if first is None else f"{which}'s first {first:,} documents, no more of which are held in memory,"
+            )
             warn(
                 f"the {which} fills {len(found):,} contexts of {corpus.context_size:,} tokens, and "
                 f"{self.text.n_contexts:,} were asked for (n_contexts): numbers are of those",
@@ -287,8 +290,10 @@ class Material:
         every, split = self._held_out_of(subject) if own else (0, None)
         if given is not None and corpus.dataset is None and not (every or split):
             every, split = self._held_out_by_others(corpus.config.path)
-        evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         mask = about.get("mask_column") if own else None
+        if given is not None and corpus.dataset is None and not own:
+            mask = self._mask_of_others(corpus.config.path)
+        evals = EvalsConfig(run=(), n_contexts=self.text.n_contexts, held_out_every=every, split=split)
         return attrs.evolve(corpus, evals=evals, mask=mask), bool(every or split)
 
     def _held_out_of(self, subject: Subject) -> tuple[int, str | None]:
@@ -303,6 +308,12 @@ class Material:
         of_it = [one for one in self._subjects if one.was_trained_on(path)]
         known = {self._held_out_of(one) for one in of_it if one.dataset is None} - {(0, None)}
         return next(iter(known)) if len(known) == 1 else (0, None)
+
+    def _mask_of_others(self, path: str) -> str | None:
+        """The column by which tokens of that text count for all of them; None where they do not agree."""
+        of_it = [one for one in self._subjects if one.dataset is None and one.was_trained_on(path)]
+        known = {one.sae.info.metadata.get("mask_column") for one in of_it}
+        return next(iter(known)) if len(known) == 1 else None
 
 
 def check_text_known(subject: Subject) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import attrs
 
 from saekit.commands.beforehand import check_named
-from saekit.commands.looking import corpus_of
+from saekit.commands.looking import checked_seed, corpus_of
 from saekit.commands.material import Material, Text, check_text_known
 from saekit.commands.subjects import Subject, at_home, the_one
 from saekit.errors import ConfigError
@@ -65,7 +65,7 @@ def top_texts(
     (each with ``tokens`` and ``activations``), ``promotes`` and ``suppresses``, which are None where the SAE does not
     write to the residual stream.  Raises :class:`saekit.errors.SaekitError` for what cannot be found or does not fit.
     """
-    plugins, features = plugins or default_manager(), _numbers(features)
+    plugins, features, seed = plugins or default_manager(), _numbers(features), checked_seed(seed)
     check_named(sae)
     _check_counts(features, k=k, texts=texts, tokens=tokens)
     from saekit.devices import resolve_device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import attrs
@@ -18,6 +19,10 @@ __all__ = ["Sample", "sampled", "stretch"]
 _FIRST_POOL = 1024
 """Documents that are drawn from, where they can only be read one after the other; more where they are too few."""
 _LARGER = 8
+"""How many times as many, where these gave nothing."""
+_HELD = 1 << 28
+"""Characters of such documents that are held; for many contexts, so many of each of their tokens:"""
+_PER_TOKEN = 64
 _LEAST_DOCUMENTS = 16
 _ENOUGH = 1024
 
@@ -43,15 +48,17 @@ def sampled(corpus: Corpus, backend: ModelBackend, n: int, seed: int) -> Sample:
     sixteenth of what is packed, as long as others fill the rest.
     """
     documents, packed = corpus.training_documents(), stretch(n)
+    pool = documents.pool(max(_HELD, _PER_TOKEN * packed * corpus.context_size))
     most = _FIRST_POOL
     while True:
-        pool, read, whole = documents.shuffled(seed, most)
-        found = corpus.packed_from(backend, pool, _piece(corpus, packed // _LEAST_DOCUMENTS, seed)).take(packed)
-        if len(found) >= n or whole:
+        chosen, read, whole = documents.shuffled(seed, most, pool)
+        found = corpus.packed_from(backend, chosen, _piece(corpus, packed // _LEAST_DOCUMENTS, seed)).take(packed)
+        if len(found) >= n or whole or (pool is not None and pool.full):
             break
-        most *= _LARGER
+        # As many as these say that it takes, and some, since all of them are tokenized anew.
+        most = most * _LARGER if not len(found) else max(2 * most, math.ceil(1.25 * most * n / len(found)))
     if len(found) < n:
-        found = corpus.packed_from(backend, pool, _piece(corpus, packed, seed)).take(packed)
+        found = corpus.packed_from(backend, chosen, _piece(corpus, packed, seed)).take(packed)
     return Sample(drawn(found, n, seed), None if whole or documents.size is not None else read)
 
 
@@ -64,7 +71,7 @@ def _piece(corpus: Corpus, contexts: int, seed: int) -> Piece | None:
     def piece(number: int, length: int) -> tuple[int, int]:
         if length <= most:
             return 0, length
-        start = int(np.random.default_rng([abs(seed), number]).integers(length - most + 1))
+        start = int(np.random.default_rng([seed, number]).integers(length - most + 1))
         return start, start + most
 
     return piece

@@ -13,6 +13,7 @@ from saekit.config import DatasetConfig
 from saekit.data.dealing import Before, Dealer
 from saekit.data.documents import CONVERSATIONS, Document, Form, messages_of
 from saekit.data.in_memory import in_memory_records, may_be_on_hub
+from saekit.data.pool import Pool
 from saekit.data.reader import DocumentReader, Owners, is_int
 from saekit.data.stdlib import stdlib_documents
 from saekit.errors import DataError
@@ -124,20 +125,33 @@ class Documents:
         own._part = (number, parts)
         return own
 
-    def shuffled(self, seed: int, most: int) -> tuple[Documents, int, bool]:
+    def pool(self, bound: int) -> Pool | None:
+        """What :meth:`shuffled` draws from, of at most ``bound`` characters; None: it can be read at any place."""
+        if self._anywhere:
+            return None
+        columns = [name for name in (self.column, self._form.mask, *(self._owners or ())[:1]) if isinstance(name, str)]
+        records = _copied(self._records) if self._seekable else self._records
+        return Pool(records, columns if self.column is not None else [], self._where, bound)
+
+    def shuffled(self, seed: int, most: int, pool: Pool | None) -> tuple[Documents, int, bool]:
         """At most so many in an order that ``seed`` draws, of how many these were drawn, and whether they are all.
 
-        They are from all over a dataset that can be read at any place, and from the beginning of any other.
+        They are from all over a dataset that can be read at any place, and from the beginning of any other, which
+        ``pool`` holds.
         """
         own, records = copy.copy(self), self._records
-        if isinstance(records, Sized) and hasattr(records, "__getitem__"):
-            size = len(records)
+        if pool is None:
+            size = len(records)  # type: ignore[arg-type]  # it is such a one
             whole = size <= most
         else:
-            read, whole = _beginning(_copied(records) if self._seekable else records, most, self._where)
-            own._records, own._seekable, size = read, False, len(read)
+            pool.grow(most)
+            own._records, own._seekable, size, whole = pool.records, False, len(pool.records), pool.whole
         own._order = random.Random(seed).sample(range(size), min(size, most))
         return own, size, whole
+
+    @property
+    def _anywhere(self) -> bool:
+        return isinstance(self._records, Sized) and hasattr(self._records, "__getitem__")
 
     @property
     def place(self) -> tuple[int, int]:
@@ -183,33 +197,6 @@ def _copied(records: Any) -> Any:
 
     table = getattr(HfFileSystem, "_cache", None)
     return copy.deepcopy(records, {id(table): table})
-
-
-def _beginning(records: Iterable[Any], most: int, where: str) -> tuple[list[Any], bool]:
-    """The first records, at most so many and of 16,384 characters on average, and whether there are no more."""
-    found: list[Any] = []
-    size = 0
-    try:
-        for record in records:
-            if len(found) == most or size > most * 16_384:
-                return found, False
-            found.append(record)
-            size += _size(record)
-    except DataError:
-        raise
-    except Exception as error:  # as of a record that a reader comes to
-        raise DataError(f"document {len(found)} of {where} cannot be read: {reason(error)}") from error
-    return found, True
-
-
-def _size(record: Any) -> int:
-    """About how many characters there are in it."""
-    if isinstance(record, Mapping):
-        return sum(map(_size, record.values()))
-    if isinstance(record, (str, bytes)) or not hasattr(record, "__len__"):
-        return len(record) if isinstance(record, (str, bytes)) else 4
-    first = next(iter(record), None)
-    return sum(map(_size, record)) if isinstance(first, (str, Mapping)) else 4 * len(record)
 
 
 def _first(records: Any, where: str) -> Any:

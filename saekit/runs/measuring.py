@@ -18,7 +18,7 @@ from saekit.runs.checks import chosen_evals
 from saekit.runs.session import Member, Session
 from saekit.runs.spreading import sharing
 from saekit.sae.splitting import infers_by_parts, outline_of
-from saekit.training.metrics import apart, eval_metrics, numbers_of, weight_metrics
+from saekit.training.metrics import as_one, eval_metrics, numbers_of, weight_metrics
 from saekit.values import Histogram
 
 __all__ = ["evaluate"]
@@ -40,6 +40,9 @@ def evaluate(session: Session, members: Collection[Member]) -> dict[str, dict[st
     return _of_all(session, members, found)
 
 
+_Numbers: TypeAlias = tuple[dict[str, float], tuple[str, ...]]
+"""What evals say of an SAE, all as one, and what looks wrong with it, in words."""
+
 _Groups: TypeAlias = Collection[tuple[Tensor | None, Tensor | None, list[Member]]]
 """Those that are measured on the same contexts, with these and their mask."""
 
@@ -49,10 +52,9 @@ def _measure(session: Session, groups: _Groups, found: dict[str, dict[str, float
         asked = [_asked(session, member) for member in group]
         weights = [weight_metrics(one.sae) for one in asked]
         told = _told(session, group, asked, held_out, mask)
-        for member, histograms, one in zip(group, weights, told or [], strict=told is not None):
-            numbers = apart({key: numbers_of(key, value) for key, value in one.found.items()})
+        for member, histograms, (numbers, remarks) in zip(group, weights, told or [], strict=told is not None):
             found[member.name] = eval_metrics(numbers) | histograms
-            member.remarks = one.remarks
+            member.remarks = remarks
 
 
 def _of_all(
@@ -77,7 +79,7 @@ def _asked(session: Session, member: Member) -> Asked:
 
 def _told(
     session: Session, group: Sequence[Member], asked: Sequence[Asked], held_out: Tensor | None, mask: Tensor | None
-) -> list[Told] | None:
+) -> list[_Numbers] | None:
     """Of those that are measured on the same contexts; None in all processes but the first."""
     if len(session.members) == 1:
         session.say("measuring the SAE" if held_out is None else "measuring on held-out text")
@@ -95,7 +97,7 @@ def _told(
 
 def _by_all(
     session: Session, group: Sequence[Member], asked: Sequence[Asked], held_out: Tensor | None, mask: Tensor | None
-) -> list[Told] | None:
+) -> list[_Numbers] | None:
     """Contexts are dealt out for the evals that say that theirs can be; the first process does all others, and what
     is left."""
     world, backend, known = session.world.column, session.backend, None
@@ -110,7 +112,18 @@ def _by_all(
         else one
         for member, one in zip(group, asked, strict=True)
     ]
-    return by_first(world.all, lambda: all_called(whole, backend=backend, contexts=held_out, mask=mask, known=known))
+
+    def rest() -> list[_Numbers]:  # with what is wrong in it: one process alone cannot fail while others wait for it
+        told = all_called(whole, backend=backend, contexts=held_out, mask=mask, known=known)
+        return [_as_one(one) for one in told]
+
+    return by_first(world.all, rest)
+
+
+def _as_one(told: Told) -> _Numbers:
+    """Of numbers of one name the first: a run goes on where evals that it was started with contradict each other."""
+    numbers, doubts = as_one({key: numbers_of(key, value) for key, value in told.found.items()})
+    return numbers, (*told.remarks, *doubts)
 
 
 def _guard(session: Session, member: Member, key: str) -> AbstractContextManager[None]:

@@ -33,10 +33,11 @@ def step_metrics(
     """The metrics of a step towards ``target [n, d_out]``, of which and of the features ``share`` is this process's.
 
     ``result`` has the numbers and counts of the whole batch.  Reading them is the one place that waits for the device.
-    Of a target that is the same in all rows, as in a batch of one, no variance can be explained: that is left out.
+    Of a target that is the same in all rows but for rounding, as in a batch of one, no variance can be explained: that
+    is left out.
     """
     dtype = torch.promote_types(result.loss.dtype, torch.float32)
-    explained, spread = _explained(target, result.output, ports, share)
+    explained, unlike = _explained(target, result.output, ports, share)
     values: dict[str, Tensor] = {f"losses/{name}": value for name, value in result.losses.items()}
     values |= {
         "losses/overall_loss": result.loss,
@@ -47,9 +48,9 @@ def step_metrics(
         "details/grad_norm": grad_norm,
     }
     values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
-    read = [*values.values(), *spread.values()]
+    read = [*values.values(), *unlike.values()]
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in read]).tolist()
-    still = {name for name, total in zip(spread, numbers[len(values) :], strict=True) if total == 0}
+    still = {name for name, rows in zip(unlike, numbers[len(values) :], strict=True) if rows == 0}
     found = zip(values, numbers[: len(values)], strict=True)
     return {name: value for name, value in found if name not in still} | {
         "details/current_learning_rate": lr,
@@ -58,30 +59,40 @@ def step_metrics(
     }
 
 
-def _squares(target: Tensor, output: Tensor, share: Share) -> tuple[Tensor, Tensor]:
-    """Of each row of the whole batch ``‖y − ŷ‖²`` and ``‖y − ȳ‖²``: ``[n]`` both."""
-    squares, variances = (target - output).pow(2).sum(-1), (target - share.row_mean(target)).pow(2).sum(-1)
-    return share.all_rows(squares), share.all_rows(variances)
+def _squares(target: Tensor, output: Tensor, share: Share) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each row of the whole batch ``‖y − ŷ‖²`` and ``‖y − ȳ‖²``, ``[n]`` both, and how many are unlike the mean."""
+    deviation = target - share.row_mean(target)
+    # Of equal rows the mean need not be one of them; what is not finite is unlike anything.
+    unlike = ~(deviation.abs() <= _rounding(target.dtype) * target.abs()).all(-1)
+    squares, variances = (target - output).pow(2).sum(-1), deviation.pow(2).sum(-1)
+    return share.all_rows(squares), share.all_rows(variances), share.total(unlike.sum())
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """How far a mean of equal numbers may be from them, for each of their own size; narrow types are summed in a wider
+    one."""
+    return torch.finfo(dtype).eps + 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
 def _explained(
     target: Tensor, output: Tensor, ports: Ports, share: Share
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The explained variance, and of each of several targets, and by the same names how much there was of it."""
-    squares, variances = _squares(target, output, share)
+    """The explained variance, and of each of several targets, and by the same names how many rows are unlike their
+    mean."""
+    squares, variances, rows = _squares(target, output, share)
     name = "metrics/explained_variance"
     found = {
         name: 1 - squares.sum() / variances.sum(),
         f"{name}_std": (1 - squares / variances.clamp_min(1e-20)).std(correction=0),
     }
-    spread = dict.fromkeys(found, variances.sum())
+    unlike = dict.fromkeys(found, rows)
     if len(ports.targets) > 1:
         given = ports.split_target(output)
         for of, wanted in ports.split_target(target).items():
-            squares, variances = _squares(wanted, given[of], share)
-            spread[f"{name}/{of}"] = variances.sum()
+            squares, variances, rows = _squares(wanted, given[of], share)
+            unlike[f"{name}/{of}"] = rows
             found[f"{name}/{of}"] = 1 - squares.sum() / variances.sum()
-    return found, spread
+    return found, unlike
 
 
 def histogram(values: Tensor, bins: int = 64) -> Histogram:
@@ -136,19 +147,30 @@ def apart(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
     :class:`PluginError` where two give other numbers by one name.
     """
+    whole, doubts = as_one(found)
+    if doubts:
+        raise PluginError(doubts[0])
+    return whole
+
+
+def as_one(found: Mapping[str, Mapping[str, float]]) -> tuple[dict[str, float], list[str]]:
+    """The same, the first number of each name, and in words where another eval gives another by that name."""
     whole: dict[str, float] = {}
     owners: dict[str, str] = {}
+    doubts = []
     for key, numbers in found.items():
         for name, value in numbers.items():
             before = whole.setdefault(name, value)
             owner = owners.setdefault(name, key)
-            if value != before and not (math.isnan(value) and math.isnan(before)):
-                raise PluginError(
-                    f"the evals {owner!r} and {key!r} both give a number {name!r}, {before:.4g} and {value:.4g}, and "
+            # Sums over other batches, or in narrower types, are rounded otherwise.
+            alike = math.isclose(value, before, rel_tol=1e-4, abs_tol=1e-12)
+            if not alike and not (math.isnan(value) and math.isnan(before)):
+                doubts.append(
+                    f"the evals {owner!r} and {key!r} both give a number {name!r}, {before:.9g} and {value:.9g}, and "
                     "one would hide the other. Leave one of them out (evals.run, evals=[...]), or give the number "
                     "another name in the eval that is yours"
                 )
-    return whole
+    return whole, doubts
 
 
 def eval_metrics(found: Mapping[str, float]) -> dict[str, float | Histogram]:

@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from saekit.config import DatasetConfig, EvalsConfig
 from saekit.data.corpus import Corpus
 from saekit.data.sampling import Sample, sampled
+from saekit.data.text import Documents
 from saekit.errors import DataError
 from saekit.testing import FakeBackend
 
@@ -23,11 +25,14 @@ LONG = "a b c d e f g h " * 400
 class InTurn:
     """Texts that can only be read from the first."""
 
-    def __init__(self, texts: list[str]) -> None:
+    def __init__(self, texts: list[Any]) -> None:
         self._texts = texts
+        self.read = 0
 
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._texts)
+    def __iter__(self) -> Iterator[Any]:
+        for text in self._texts:
+            self.read += 1
+            yield text
 
 
 def sample(dataset: Any, n: int, seed: int = 0, **options: Any) -> Sample:
@@ -80,6 +85,31 @@ def test_what_is_read_in_turn_is_drawn_from_its_beginning_and_that_is_told(monke
     assert len(short.contexts) == 100
     assert (short.first or 0) > 20, "more where these are too few"
     assert sample(texts(100), 4).first is None
+
+
+def test_what_is_read_in_turn_is_read_once_as_far_as_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("saekit.data.sampling._FIRST_POOL", 20)
+    text = InTurn(["a b c d e f g h"] * 2000)  # 15 tokens
+    assert len(sample(text, 200).contexts) == 200
+    assert 200 * SIZE / 15 < text.read < 140, "the second pool is as large as the first says, and goes on from it"
+
+
+def test_of_what_is_read_in_turn_little_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    records = [{"text": text, "id": np.array(5), "vector": torch.ones(3), "other": "x" * 10**6} for text in texts(30)]
+    pool = Documents.open(DatasetConfig(), dataset=InTurn(records)).pool(10**9)
+    assert pool is not None
+    pool.grow(20)
+    assert pool.records == [{"text": text} for text in texts(20)]
+    assert not pool.whole
+    pool.grow(40)
+    assert pool.whole
+    monkeypatch.setattr("saekit.data.sampling._HELD", 2000)
+    monkeypatch.setattr("saekit.data.sampling._PER_TOKEN", 0)
+    text = InTurn(texts(3000))
+    found = sample(text, 400)
+    assert found.first == 9
+    assert 60 < len(found.contexts) < 400, "all that they have, and no more is held than the bound"
+    assert text.read < 14
 
 
 def test_each_document_begins_its_context_where_contexts_are_of_one() -> None:

@@ -64,6 +64,7 @@ def found(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> dict[str, li
     }
     calls |= {name: Call(f"{EVALS}:inferred", 1, 2, (CASES[name],)) for name in INFERRED}
     calls |= {f"peeked {data}x{features}": Call(f"{EVALS}:peeked", data, features, (LIVE,)) for data, features in BOTH}
+    calls["failed"] = Call(f"{EVALS}:failed", 2, 1, ())
     calls["evaluated"] = Call(f"{EVALS}:evaluated", 2, 1, (str(saved),))
     return together(calls, 2, tmp_path_factory.mktemp("evals"))
 
@@ -98,6 +99,12 @@ def test_an_eval_that_says_nothing_is_run_whole_by_the_first(found: dict[str, li
         assert first["evals/tokens_seen"] == 7 * 16
         assert first["evals/contexts"] == 7
         assert first["evals/features"] == 12
+
+
+def test_what_is_wrong_in_what_an_eval_returns_is_an_error_of_all(found: dict[str, list[Any]]) -> None:
+    first, second = found["failed"]
+    assert "the eval 'test:wordy' returned found = 'no number', expected a number" in first
+    assert "of process 0: the eval 'test:wordy' returned found = 'no number'" in second
 
 
 @pytest.mark.parametrize("name", INFERRED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ def sae_of(**about: Any) -> saekit.SAE:
         ({"seqpos_slice": 5}, "seqpos_slice: must be one to three numbers, as slice takes them, found 5"),
         ({"seqpos_slice": (0, 0)}, r"seqpos_slice: is \[0, 0\], which leaves no position of a context of any size"),
         ({"seqpos_slice": (12, None)}, r"seqpos_slice: is \[12, None\], which leaves no position of a context of 12 t"),
+        ({"seed": -1}, r"seed: must be a whole number of 0 or more, below 2\*\*63, found -1"),
+        ({"seed": 1.5}, "seed: must be a whole number of 0 or more, .* found 1.5"),
+        ({"seed": np.array([1, 2])}, "seed: must be a whole number of 0 or more"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("function", [saekit.evaluate, saekit.compare])
@@ -153,6 +157,21 @@ def test_a_run_is_measured_with_the_mask_of_its_own_text(tmp_path: Path) -> None
     assert found["explained_variance"] == pytest.approx(result.metrics["evals/explained_variance"], rel=1e-6)
     other = saekit.evaluate(result, mask=lambda tokens: tokens > 0, **same)
     assert other.about["tokens_used"] > found.about["tokens_used"]
+
+
+def test_an_sae_of_others_is_measured_on_the_tokens_that_count_for_the_one_of_the_text(tmp_path: Path) -> None:
+    drawn, path = np.random.default_rng(0), tmp_path / "text.jsonl"
+    rows = [{"tokens": drawn.integers(1, 120, 40).tolist(), "mask": drawn.integers(0, 2, 40).tolist()}] * 30
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = {"context_size": 12, "prepend_bos": False}
+    own = sae_of(dataset_path=str(path), mask_column="mask", held_out_every=3, **about)
+    asked: dict[str, Any] = {"model": FakeBackend(), "dataset": str(path), "n_contexts": 4, "evals": ["reconstruction"]}
+    found = saekit.evaluate({"own": own, "other": sae_of(**about)}, seed=np.int64(3), **asked, **QUICK)
+    assert found["own"].about["masked"]
+    assert found["own"].about["held_out"]
+    assert found["own"].about["seed"] == 3
+    for name in ("tokens_used", "masked", "held_out", "contexts_digest"):
+        assert found["own"].about[name] == found["other"].about[name], name
 
 
 def test_each_sae_has_the_mean_over_as_many_contexts_as_its_eval_says() -> None:

@@ -235,3 +235,14 @@ def test_a_run_says_what_its_last_evals_remark_even_if_it_was_stopped_after_them
             train(config)
     with pytest.warns(RuntimeWarning, match=words):
         resume(tmp_path / "run")
+
+
+def test_a_run_is_not_lost_to_evals_that_contradict_each_other(tmp_path: Path) -> None:
+    def giving(name: str, value: float, options: type) -> object:
+        return fake_plugin("evals", name, lambda config, *, run: lambda *_, **__: {"norm": value}, options)
+
+    plugins = manager(None, giving("one", 1.25, FakeConfig), giving("other", 9.0, DrawnConfig))
+    told = "'test:one' and 'test:other' both give a number 'norm', 1.25 and 9, and one"
+    with pytest.warns(RuntimeWarning, match=told):
+        result = train(fake_config(tmp_path, evals={"run": ["one", "other"]}), plugins=plugins)
+    assert result.metrics["evals/norm"] == 1.25

@@ -75,6 +75,15 @@ class SimpleConfig:
     """A function."""
 
 
+def wordy(config: Any, *, run: Any) -> Any:
+    return lambda *_, **__: {"found": "no number"}
+
+
+@attrs.frozen(kw_only=True)
+class WordyConfig:
+    """An eval that returns what is no number."""
+
+
 @attrs.frozen(kw_only=True)
 class QuietConfig(StandardConfig):
     """Trains with features split, and does not say that it can be measured so."""
@@ -90,6 +99,7 @@ def manager() -> saekit.PluginManager:
         fake_plugin("sae_architectures", "quiet", build=QuietSAE, config=QuietConfig),
         fake_plugin("evals", "whole", build=WholeEval, config=WholeConfig),
         fake_plugin("evals", "simple", build=simple, config=SimpleConfig),
+        fake_plugin("evals", "wordy", build=wordy, config=WordyConfig),
     )
 
 
@@ -107,6 +117,15 @@ def measured(world: World, sae: dict[str, Any], evals: list[Any]) -> dict[str, A
         found = evaluate(session, list(session.members.values()))["sae"]
         session.close()
     return {"found": found, "remarks": session.members["sae"].remarks, "told": [str(one.message) for one in caught]}
+
+
+def failed(world: World) -> str:
+    """The error of an eval that returns what is no number."""
+    try:
+        measured(world, {"name": "standard"}, ["wordy"])
+    except saekit.SaekitError as error:
+        return f"{type(error).__name__}: {error}"
+    return "none"
 
 
 def peeked(world: World, source: dict[str, Any]) -> Any:

@@ -185,8 +185,26 @@ def test_the_metrics_of_a_window_take_one_look(monkeypatch: pytest.MonkeyPatch) 
 def test_numbers_of_several_evals_are_one_table_unless_names_meet() -> None:
     assert apart({"one": {"a": 1.0}, "other": {"b": 2.0}}) == {"a": 1.0, "b": 2.0}
     assert apart({"one": {"n": 2.0, "a": nan}, "other": {"n": 2.0, "a": nan}})["n"] == 2, "they say the same"
-    with pytest.raises(PluginError, match="the evals 'one' and 'other' both give a number 'a', 1 and 2, and one would"):
-        apart({"one": {"a": 1.0}, "other": {"a": 2.0}})
+    assert apart({"one": {"n": 0.1234}, "other": {"n": 0.123401}}) == {"n": 0.1234}, "but for rounding"
+    told = "the evals 'one' and 'other' both give a number 'a', 0.1234 and 0.12345, and one would"
+    with pytest.raises(PluginError, match=told):
+        apart({"one": {"a": 0.1234}, "other": {"a": 0.12345}})
+
+
+@pytest.mark.parametrize("n", [3, 7, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_rows_explain_no_variance_whatever_their_mean_is_rounded_to(n: int, dtype: torch.dtype) -> None:
+    drawn = torch.randn(8, generator=torch.Generator().manual_seed(0))
+    target = drawn.to(dtype).repeat(n, 1)
+    if dtype == torch.float32:
+        assert n < 7 or (target != target.mean(0)).any(), "rounding is left, which is no variance"
+    output = torch.zeros_like(target)
+    step = StepOutput(loss=output.sum(), losses={}, output=output, fired=torch.ones(3))
+    given = {"since_fired": torch.zeros(3), "dead": torch.zeros(3), "lr": 1.0, "grad_norm": output.sum(), "tokens": 1}
+    found = step_metrics(target, step, ports=Ports.one(8), **given)
+    assert not [name for name in found if "explained" in name]
+    target[1, 2] *= 2
+    assert "metrics/explained_variance" in step_metrics(target, step, ports=Ports.one(8), **given)
 
 
 def test_a_batch_of_one_row_explains_no_variance_and_says_nothing_of_it() -> None:

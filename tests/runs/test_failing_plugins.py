@@ -160,6 +160,22 @@ def test_a_schedule_that_fails_at_once_is_not_the_optimizers_fault(tmp_path: Pat
     assert not any("optimizer" in note for note in getattr(caught.value, "__notes__", ()))
 
 
+def test_a_schedule_is_asked_once_before_the_first_step(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Rounded:
+        end = 1.0
+
+        def __call__(self, step: int) -> float:
+            asked.append(step)
+            return -1e-20 if step == 3 else 1e-3  # a rate of 0, but for rounding
+
+    own = manager(None, fake_plugin("lr_schedules", "mine", lambda config, lr, steps: Rounded()))
+    train(fake_config(tmp_path, training={"lr_warm_up_steps": 0}) | {"lr_schedule": "mine"}, plugins=own)
+    assert asked == [0, *range(len(asked) - 1)]
+    assert len(asked) > 4
+
+
 def test_a_want_of_memory_is_nobodys_fault(tmp_path: Path) -> None:
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
         train(config(tmp_path), plugins=with_source(failing(torch.OutOfMemoryError("CUDA out of memory"))))

@@ -111,9 +111,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
     return PluginFailedError(f"{_who(item)}: {what} returned {short(value)}, {fault}")
 
 
-def wrong(made: object, text: str) -> PluginFailedError:
-    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says."""
-    item = origin_of(made)
+def wrong(made: object, text: str, item: Registered | None = None) -> PluginFailedError:
+    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says.
+
+    ``item`` is the plugin, where that is known.
+    """
+    item = item or origin_of(made)
     return PluginFailedError(f"{_who(item) if item is not None else type(made).__name__}: {text}")
 
 

@@ -131,9 +131,10 @@ def test_a_source_whose_state_cannot_be_saved(tmp_path: Path) -> None:
             return {"made": self._made, "draw": iter(())}
 
     own = manager(None, fake_plugin("activation_sources", "mine", lambda config, stream: Odd(stream)))
-    told = r"of the activation source 'test:mine', the state at state_dict\(\)/draw holds a tuple_iterator, which"
-    with pytest.warns(RuntimeWarning, match=told):
+    told = r"^activation source 'test:mine' \(test 0\): the state at state_dict\(\)/draw holds a tuple_iterator, which"
+    with pytest.raises(PluginFailedError, match=told):
         train(config(tmp_path), plugins=own)
+    assert saekit.SAE.load(tmp_path / "run/sae").d_sae == 64
 
 
 def test_a_source_that_ends_at_once(tmp_path: Path) -> None:

@@ -137,4 +137,4 @@ def _off(before: Tensor, after: Tensor) -> float:
     wide = torch.promote_types(before.dtype, torch.float32)  # where norms of float16 are numbers
     told = before.isfinite().all(-1)
     before, after = before[told].to(wide), after[told].to(wide)
-    return ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).median().item()
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).median())

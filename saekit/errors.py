@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,13 +51,13 @@ class ConfigError(SaekitError, ValueError):
 
 
 def _once(texts: Sequence[str]) -> list[str]:
-    """The same texts; of what follows their first lines, such as lists of what there is, nothing twice."""
+    """The same texts; of what follows their first lines, no line is said again with all that is indented below it."""
     seen: set[str] = set()
     kept = []
     for text in texts:
-        first, *others = text.split("\n")
-        kept.append("\n".join([first, *(line for line in others if line not in seen)]))
-        seen.update(others)
+        first, *blocks = re.split(r"\n(?! )", text)
+        kept.append("\n".join([first, *(block for block in blocks if block not in seen)]))
+        seen.update(blocks)
     return kept
 
 

@@ -73,9 +73,16 @@ def _made(item: Registered, what: str, by: Callable[..., Any] | str, options: An
 
 def _parts(services: Mapping[str, Any]) -> list[Part]:
     """What other plugins have built among ``services``, such as the model of an activation source's stream."""
-    objects = [one for value in services.values() for one in (value, getattr(value, "backend", None))]
-    objects += [getattr(one, "_backend", None) for one in objects]
+    objects = [one for value in services.values() for one in (value, _asked(value, "backend"))]
+    objects += [_asked(one, "_backend") for one in objects]
     return [(item, one) for one in objects if (item := origin_of(one)) is not None]
+
+
+def _asked(value: Any, name: str) -> Any:
+    """An attribute of a stranger's object, which may be a property that fails; None where there is none."""
+    with contextlib.suppress(Exception):
+        return getattr(value, name, None)
+    return None
 
 
 def _imported(item: Registered, what: str, path: str) -> Callable[..., Any]:
@@ -104,9 +111,12 @@ def returned(item: Registered, what: str, value: Any, fault: str) -> PluginFaile
     return PluginFailedError(f"{_who(item)}: {what} returned {short(value)}, {fault}")
 
 
-def wrong(made: object, text: str) -> PluginFailedError:
-    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says."""
-    item = origin_of(made)
+def wrong(made: object, text: str, item: Registered | None = None) -> PluginFailedError:
+    """The error to raise where what a plugin has ``made`` does something wrong, which ``text`` says.
+
+    ``item`` is the plugin, where that is known.
+    """
+    item = item or origin_of(made)
     return PluginFailedError(f"{_who(item) if item is not None else type(made).__name__}: {text}")
 
 

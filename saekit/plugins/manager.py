@@ -70,6 +70,7 @@ class PluginManager:
         self.failures: list[Failure] = []
         self.notes: list[Note] = []
         self.blocked: list[str] = []
+        by_variable = disabled is None
         if disabled is None:
             disabled = os.environ.get(DISABLE_VARIABLE, "").split(",")
         self._disabled = {name.strip() for name in disabled if name.strip()}
@@ -80,7 +81,8 @@ class PluginManager:
             points = installed_points()
             self._discover(points)
             names = {name for point in points for name in (point.distribution, point.name, point.plugin)}
-            if missed := [name for name in asked if not {name, _spelled(name)} & names]:
+            missed = [name for name in asked if not {name, _spelled(name)} & names]
+            if missed and by_variable and os.environ.get("RANK", "0") == "0":  # of several processes, the first
                 _tell(f"{DISABLE_VARIABLE} names {printable(', '.join(missed))}, which is no plugin that is installed")
 
     # ---- loading

@@ -25,7 +25,7 @@ from saekit.pretrained.made import made_from, options_of
 from saekit.pretrained.probe import check
 from saekit.pretrained.published import load_published
 from saekit.pretrained.pushing import push_sae
-from saekit.sae.folder import save_sae
+from saekit.sae.folder import save_sae, tell_of_name
 from saekit.sae.module import SAEModule
 from saekit.saved import SAEFiles
 from saekit.site import Site, Sites
@@ -80,8 +80,10 @@ class SAE(SAEModule):
     def save(self, path: str | Path) -> Path:
         """Write the SAE folder (``cfg.json``, ``sae_weights.safetensors``, ``sparsity.safetensors``), all or nothing.
 
-        sae-lens 6 reads it too, where it has the architecture.
+        sae-lens 6 reads it too, where it has the architecture.  A warning says why a class that is derived from one
+        that it has is not saved by that one's name.
         """
+        tell_of_name(self)
         return save_sae(self, as_path(path))
 
     def export(

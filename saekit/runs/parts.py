@@ -30,7 +30,7 @@ def make_schedule(config: TrainConfig, plugins: PluginManager) -> ComposedSchedu
 
     def build(steps: int) -> SupervisedSchedule:
         with placed(item, "lr_schedule"):
-            return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item)
+            return SupervisedSchedule(plugins.build(LR_SCHEDULES, config.lr_schedule, lr=lr, steps=steps), item, lr)
 
     return ComposedSchedule(config.training, build)
 
@@ -52,11 +52,12 @@ def make_optimizer(
     with blamed(plugins.find(SAE_ARCHITECTURES, config.sae), f"optimizer_defaults for {chosen.key}"):
         chosen = chosen.with_defaults(sae.config.optimizer_defaults.get(chosen.key, {}))
     clip = chosen.options.clip_grad_norm
-    schedule(0)  # what fails in it is not the optimizer's fault
+    lr = schedule(0)  # what fails in it is not the optimizer's fault
     with blamed(chosen.item, "build"), placed(chosen.item, "optimizer"):
         of = sae.named_parameters() if parameters is None else parameters
-        table = sae.table
-        return ScheduledOptimizer(of, chosen.build, schedule, clip=clip, table=table, features=features, rows=rows)
+        return ScheduledOptimizer(
+            of, chosen.build, schedule, lr=lr, clip=clip, table=sae.table, features=features, rows=rows
+        )
 
 
 def moment_bytes(config: TrainConfig, plugins: PluginManager, sae: SAEModule, rows: Group | None = None) -> int | None:

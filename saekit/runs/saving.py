@@ -352,7 +352,7 @@ class Saving:
             return functools.partial(write_together, world.behind, place, saes, {}, None, None), staging.arrived()
         trainings, facts = staging.trainings(session), facts_of(session, spaced=spaced)
         state = self._stream(path, worth, staging) if world.saes.rank == 0 else None  # others have the same
-        stream = None if state is None else staging.stream(state, column)
+        stream = None if state is None else staging.stream(state, column, session.lanes)
         if stream is not None and world.size == 1:
             return functools.partial(write_checkpoint, place, whole, trainings, stream, facts), staging.arrived()
         write = functools.partial(write_together, world.behind, place, saes, trainings, stream, facts)

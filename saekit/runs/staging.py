@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -16,9 +16,11 @@ from saekit.errors import LostProcessError
 from saekit.runs.checkpoints import MOMENTS, STREAM, TRAINING, versions
 from saekit.runs.session import Session
 from saekit.runs.spread_saes import contents_in
-from saekit.runs.state_files import StateFiles
+from saekit.runs.state_files import StateFiles, UnsavableError
+from saekit.runs.supervised import SupervisedSource
 from saekit.sae.folder import Contents
 from saekit.sae.part_folder import PartContents
+from saekit.training.loop import Lane
 from saekit.training.trainer import SAETrainer
 
 __all__ = ["Staging", "facts_of"]
@@ -89,9 +91,22 @@ class Staging:
             found[name] = StateFiles.of(stem, self.held(state))
         return found
 
-    def stream(self, state: Mapping[str, Any], world: World) -> StateFiles:
-        """The ``state`` of this process's batches, whose tensors are copies already; ``world`` reads them with it."""
-        return StateFiles.of(STREAM if world.size == 1 else f"{STREAM}-{world.rank}", state)
+    def stream(self, state: Mapping[str, Any], world: World, lanes: Sequence[Lane] = ()) -> StateFiles:
+        """The ``state`` of this process's batches, whose tensors are copies already; ``world`` reads them with it.
+
+        What of it a source of the ``lanes`` has given and cannot be saved is its plugin's fault.
+        """
+        stem = STREAM if world.size == 1 else f"{STREAM}-{world.rank}"
+        try:
+            return StateFiles.of(stem, state)
+        except UnsavableError as error:
+            for number, lane in enumerate(lanes):
+                own = getattr(lane.source, "own", lane.source)
+                if isinstance(own, SupervisedSource):
+                    fault = own.blamed_for(error, f"{stem}/lanes/{number}/source")
+                    if fault is not error:
+                        raise fault from error
+            raise
 
     def held(self, state: Any) -> Any:
         """``state`` with copies of its tensors; whatever cannot be saved stays what it is, and is refused later."""

@@ -18,9 +18,17 @@ from saekit.files.mapped import mapped_tensors
 from saekit.files.storage import nothing, read_json
 from saekit.files.tensors import DTYPE_NAMES, save_tensors
 
-__all__ = ["StateFiles", "read_state", "read_tensors", "write_state"]
+__all__ = ["StateFiles", "UnsavableError", "read_state", "read_tensors", "write_state"]
 
 _TENSOR = "$tensor"
+
+
+class UnsavableError(StorageError):
+    """A state holds what cannot be saved: ``place`` is where, and ``what`` says it."""
+
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(f"the state at {place} {what}")
+        self.place, self.what = place, what
 
 
 @attrs.frozen(eq=False)
@@ -95,7 +103,7 @@ def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPE_NAMES:
             kind = f"tensor of {value.dtype}, {value.layout}, on {value.device}"
-            raise StorageError(f"the state at {place} holds a {kind}, which cannot be saved")
+            raise UnsavableError(place, f"holds a {kind}, which cannot be saved")
         name = place.encode("utf-8", "replace").decode()  # a text that is no Unicode cannot name a tensor
         while name in tensors:  # "a/b" is one key, or two
             name += "'"
@@ -105,15 +113,16 @@ def _take_out(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         return value
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, str) or key == _TENSOR]:
-            raise StorageError(f"the state at {place} has the key {wrong[0]!r}, which cannot be saved; use texts")
+            raise UnsavableError(place, f"has the key {wrong[0]!r}, which cannot be saved; use texts")
         return {key: _take_out(item, f"{place}/{key}", tensors) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_take_out(item, f"{place}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, np.generic | np.ndarray) and value.ndim == 0 and not isinstance(value.item(), np.generic):
         return _take_out(value.item(), place, tensors)  # a number of NumPy's
-    raise StorageError(
-        f"the state at {place} holds a {type(value).__name__}, which cannot be saved. A state_dict may hold mappings, "
-        "lists, numbers, texts, None and tensors"
+    raise UnsavableError(
+        place,
+        f"holds a {type(value).__name__}, which cannot be saved. A state_dict may hold mappings, lists, numbers, "
+        "texts, None and tensors",
     )
 
 

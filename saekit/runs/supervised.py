@@ -20,11 +20,11 @@ from saekit.abilities import (
     StatesWidths,
     TakesStates,
 )
-from saekit.errors import StorageError
-from saekit.plugins.building import Part, blamed, returned
+from saekit.errors import PluginFailedError
+from saekit.plugins.building import Part, blamed, returned, wrong
 from saekit.plugins.registry import Registered
 from saekit.protocols import ActivationSource
-from saekit.runs.state_files import StateFiles
+from saekit.runs.state_files import UnsavableError
 from saekit.site import Site
 from saekit.source_forwards import fault_of_forwards
 from saekit.values import Batch
@@ -161,11 +161,14 @@ class SupervisedSource:
             state: Any = self._source.state_dict()
         if not isinstance(state, Mapping):
             raise returned(self._item, "state_dict", state, "expected a mapping of plain values and tensors by name")
-        try:
-            StateFiles.of("state_dict()", state)
-        except StorageError as error:
-            raise StorageError(f"of the activation source {self.key!r}, {error}") from error
         return dict(state)
+
+    def blamed_for(self, error: UnsavableError, place: str) -> UnsavableError | PluginFailedError:
+        """``error`` of a state that holds this one's at ``place``: what is wrong there is its plugin's fault."""
+        if not f"{error.place}/".startswith(f"{place}/"):
+            return error
+        where = "state_dict()" + error.place.removeprefix(place)
+        return wrong(self._source, f"the state at {where} {error.what}", self._item)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         with self._blamed("load_state_dict"):

@@ -48,7 +48,8 @@ def build_module(
         if not isinstance(error, MemoryError) and not isinstance(error.__cause__, MemoryError):
             raise
         raise ConfigError([("sae.d_sae", f"is {config.d_sae:,}, which needs more memory than there is")]) from error
-    vars(sae)["given_activation"] = activation  # and no module of it, which it may be already
+    # A class that states its public_config answers for the one that it has chosen.  No module: it may be one already.
+    vars(sae)["given_activation"] = sae.activation if "public_config" in vars(type(sae)) else activation
     sae.info = SAEInfo(architecture=item.key, options=plain_config(config, plugins))
     sae.served_by = _serving(item.key, plugins)
     if input_transform is not None:

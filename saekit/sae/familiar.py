@@ -83,12 +83,11 @@ class Familiar(nn.Module):
         self._check_sizes_are_free()
         norms, rows = self.decoder_norms(), self._few_rows()
         grown = [entry.name for entry in self.table if entry.grows and getattr(self, entry.name) is not None]
-        kept = {name: getattr(self, name).clone() for name in grown}
+        # On the CPU: there may be no room for it twice on the device.
+        kept = {name: torch.empty_like(getattr(self, name), device="cpu").copy_(getattr(self, name)) for name in grown}
         before = self._outputs(rows)
         self.table.grow_features(self, torch.where(norms > 0, norms, 1))
-        after = self._outputs(rows)
-        # By rounding alone, a feature of a few rows may pass a threshold; where features compete, most rows differ.
-        off = ((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).double().median().item()
+        off = _off(before, self._outputs(rows))
         if not off <= torch.finfo(self.dtype).eps ** 0.5:
             for name, value in kept.items():
                 getattr(self, name).copy_(value)
@@ -101,19 +100,23 @@ class Familiar(nn.Module):
     def _few_rows(self) -> Tensor:
         """Inputs ``[n, d_in]``, or one sequence of them: its own, or random ones that make features active."""
         if self.probe_rows is not None:
-            found = self.probe_rows.to(self.device, self.dtype)
-            return found[None] if self.reads_sequences else found
+            own = self.probe_rows.to(self.device, self.dtype)
+            own = own[None] if self.reads_sequences else own
+            if bool(self._outputs(own).isfinite().all(-1).any()):
+                return own
         drawn = torch.randn(16, self.d_in, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
         rows = drawn[None] if self.reads_sequences else drawn
         for scale in (1, 8, 64, 512):
             with self._without_hooks():
-                active = (self.encode(rows * scale) != 0).any(-1).sum()
+                features = self.encode(rows * scale)
+            active = ((features != 0).any(-1) & features.isfinite().all(-1)).sum()
             if 2 * int(self.share.features.sum(active)) >= len(drawn):
                 return rows * scale
         return rows
 
     def _outputs(self, rows: Tensor) -> Tensor:
-        with self._without_hooks(), torch.random.fork_rng(devices=[]):
+        devices = [self.device] if self.device.type == "cuda" else []
+        with self._without_hooks(), torch.random.fork_rng(devices=devices):
             return self(rows, use_error_term=False)  # type: ignore[no-any-return]
 
     def _check_sizes_are_free(self) -> None:
@@ -124,3 +127,14 @@ class Familiar(nn.Module):
                 "norms cannot be folded into the encoder: the activation function "
                 f"{self.info.options.get('activation')} does not keep proportions, and other outputs would come of it"
             )
+
+
+def _off(before: Tensor, after: Tensor) -> float:
+    """How far off half of the outputs ``[..., d_out]`` are, of their size; of rows that were finite numbers.
+
+    By rounding alone, a feature of a few rows may pass a threshold; where features compete, most rows differ.
+    """
+    wide = torch.promote_types(before.dtype, torch.float32)  # where norms of float16 are numbers
+    told = before.isfinite().all(-1)
+    before, after = before[told].to(wide), after[told].to(wide)
+    return float(((after - before).norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)).median())

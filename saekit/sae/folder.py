@@ -18,6 +18,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from saekit.cautions import warn
 from saekit.distributed.agreement import done_by_all
 from saekit.errors import PlaceError, SAEFormatError, StorageError
 from saekit.files.checksums import seal
@@ -48,6 +49,7 @@ __all__ = [
     "part_of_run",
     "save_contents",
     "save_sae",
+    "tell_of_name",
     "weights_dtype",
     "write_sae",
 ]
@@ -293,11 +295,31 @@ def _public_config(sae: SAEModule) -> dict[str, Any]:
     """
     public = sae.public_config()
     known = sae.input_transform is None or _name_elsewhere(sae) is not None
-    known = known and overridden(type(sae), "public_config", INFERENCE) is None
-    known = known and vars(sae).get("given_activation", sae.activation) is sae.activation  # as the options say
-    if known and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
+    if known and _is_another(sae) is None and (_has_one_site(sae) or public["architecture"] in _TRANSCODERS):
         return public
     return {**public, "architecture": sae.info.architecture, "metadata": {}}
+
+
+def _is_another(sae: SAEModule) -> str | None:
+    """Why it may be another SAE than the name from :meth:`public_config` says, in words; None: it is that."""
+    kind = type(sae)
+    if (changed := overridden(kind, "public_config", INFERENCE)) is not None:
+        return changed
+    if "public_config" in vars(kind) and hasattr(kind, "activation"):  # a property, for which the class answers
+        return None
+    if vars(sae).get("given_activation", sae.activation) is sae.activation:
+        return None
+    return "its activation function is not the one that its options name"
+
+
+def tell_of_name(sae: SAEModule) -> None:
+    """Warn where an SAE is saved without the name by which sae-lens knows what its class is derived from."""
+    public = str(sae.public_config()["architecture"])
+    if public != sae.info.architecture and _has_one_site(sae) and (reason := _is_another(sae)) is not None:
+        warn(
+            f"the SAE is saved as '{sae.info.architecture}', which sae-lens does not know, and not as '{public}': "
+            f"{reason}. If its outputs are those of a '{public}', define public_config in {type(sae).__name__}"
+        )
 
 
 def _normalization(sae: SAEModule, unscaled: str) -> str:

@@ -42,13 +42,15 @@ class ScheduledOptimizer:
         build: BuildOptimizer,
         schedule: Callable[[int], float],
         *,
+        lr: float | None = None,
         clip: float = 1.0,
         table: ParameterTable | None = None,
         features: Group | None = None,
         rows: Group | None = None,
         large: int | None = None,
     ) -> None:
-        """``clip`` is the largest norm, 0: none; ``table`` says of the parameters what groups are to know of them.
+        """``lr`` is the rate of step 0; None: the schedule is asked.  ``clip`` is the largest norm, 0: none; ``table``
+        says of the parameters what groups are to know of them.
 
         ``features`` are the processes over which those are split of which the table says so, and ``rows`` those that
         have the same: of an optimizer that updates each number by itself, each updates a part of what is ``large``:
@@ -57,6 +59,8 @@ class ScheduledOptimizer:
         self._clip, self._features, self._rows = clip, features or Group(), rows or Group()
         self._schedule, self._large, given = schedule, large, [*parameters]
         device = given[0][1].device
+        self.lr = schedule(0) if lr is None else lr
+        """The rate of the last step."""
         self._build(given, build, table, self._rows)
         if not self.elementwise and any(shown.parted for shown in self._shown):
             self._build(given, build, table, Group())
@@ -74,8 +78,6 @@ class ScheduledOptimizer:
         self._failed = torch.zeros((), dtype=torch.float32, device=device)  # as fused kernels want it
         if self._guarded is not None and not self.looks:
             self._guarded.found_inf = self._failed
-        self.lr = schedule(0)
-        """The rate of the last step."""
 
     def _build(
         self,
@@ -88,7 +90,7 @@ class ScheduledOptimizer:
         self._shown = [Shown(name, parameter, entries.get(name), rows, self._large) for name, parameter in parameters]
         groups = self._groups(table)
         factors = {id(own): group["lr_factor"] for group in groups for own in group["params"]}
-        self._inner = build(groups=groups, lr=self._schedule(0))
+        self._inner = build(groups=groups, lr=self.lr)
         self._check(factors)
 
     @property

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from numbers import Real
 
 import torch
 from torch import Tensor
@@ -13,7 +12,9 @@ from saekit.plugins.text import short
 from saekit.sae.module import SAEModule
 from saekit.values import StepOutput
 
-__all__ = ["check_reported", "check_unchanged", "version_of"]
+__all__ = ["Unwritten", "check_reported"]
+
+_FEW = 64
 
 _LINES = ("step", "seconds")  # of each line of metrics.jsonl
 _OURS = {
@@ -35,29 +36,40 @@ def check_reported(sae: SAEModule, result: StepOutput, rows: int) -> None:
         raise wrong(_maker(sae), f"the saekit.StepOutput of a training step {fault}")
 
 
-def version_of(x: Tensor | None) -> int:
-    """A number that is another one once somebody has written into ``x``."""
-    return 0 if x is None or x.is_inference() else x._version
+class Unwritten:
+    """The batch of a step, which must be after it what it was: a few rows from all over it are kept, and compared.
 
-
-def check_unchanged(
-    sae: SAEModule, x: Tensor, target: Tensor | None, before: tuple[int, int], first: tuple[Tensor, Tensor]
-) -> None:
-    """:class:`PluginFailedError` where a step has written into ``x``, or into ``target``.
-
-    ``before`` were their :func:`version_of`; ``first`` are the rows of which ``x`` was made, and a copy of some.
+    Only where torch counts a write, so that nothing waits for the device otherwise.  That alone tells nothing: of views
+    of a buffer, into which its source writes other rows meanwhile, torch counts those, too.
     """
-    if (version_of(x), version_of(target)) == before:
-        return
-    rows, copied = first
-    if x.data_ptr() == rows.data_ptr() and torch.equal(rows[: len(copied)], copied):
-        return  # views of a buffer, into which its source writes other rows meanwhile
-    name = "x" if version_of(x) != before[0] else "step.target"
-    raise wrong(
-        _maker(sae),
-        f"a training step has written into {name}, which is the batch of all SAEs that train on it. Work on a copy: "
-        f"{name}.clone()",
-    )
+
+    def __init__(self, **given: tuple[Tensor | None, Tensor | None]) -> None:
+        """What is given, as StepInput calls it, each with the rows of which it was made."""
+        self._noted = [
+            (name, x, rows, _version(x), _few(x).clone()) for name, (x, rows) in given.items() if x is not None
+        ]
+
+    def check(self, sae: SAEModule) -> None:
+        """:class:`PluginFailedError` where a step of ``sae`` has written into any of it."""
+        for name, x, rows, version, few in self._noted:
+            if _version(x) == version or torch.allclose(_few(x), few, rtol=0, atol=0, equal_nan=True):
+                continue
+            shared = rows is not None and x.untyped_storage().data_ptr() == rows.untyped_storage().data_ptr()
+            why = "is the batch of all SAEs that train on it" if shared else "must stay as it is"
+            place = "x" if name == "x" else f"step.{name}"
+            raise wrong(
+                _maker(sae), f"a training step has written into {place}, which {why}. Work on a copy: {place}.clone()"
+            )
+
+
+def _version(x: Tensor) -> int:
+    """A number that is another one once somebody has written into ``x``."""
+    return 0 if x.is_inference() else x._version
+
+
+def _few(x: Tensor) -> Tensor:
+    """Rows from all over ``x``, 64 at most."""
+    return x.detach()[:: -(-len(x) // _FEW) or 1]
 
 
 def _maker(sae: SAEModule) -> object:
@@ -111,7 +123,13 @@ def _logged(result: StepOutput) -> Iterator[tuple[str, str, str]]:
 def _is_scalar(value: object, *, tensor: bool) -> bool:
     if isinstance(value, Tensor):
         return value.numel() == 1 and not value.is_complex()
-    return not tensor and isinstance(value, Real)
+    if tensor or isinstance(value, (str, bytes)) or getattr(value, "size", 1) != 1:
+        return False
+    try:
+        float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _seen(value: object) -> str:

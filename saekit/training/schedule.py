@@ -16,10 +16,13 @@ __all__ = ["ComposedSchedule", "SupervisedSchedule"]
 
 
 class SupervisedSchedule:
-    """The main schedule of the plugin ``item``, whose faults say so."""
+    """The main schedule of the plugin ``item``, whose faults say so.
 
-    def __init__(self, schedule: LRSchedule, item: Registered) -> None:
-        self._schedule, self._item = schedule, item
+    What is below 0 by no more than rounding, seen from the rate ``lr``, is 0.
+    """
+
+    def __init__(self, schedule: LRSchedule, item: Registered, lr: float = 0.0) -> None:
+        self._schedule, self._item, self._rounding = schedule, item, 1e-6 * lr
         self.end = schedule.end
 
     def remark(self) -> str | None:
@@ -35,9 +38,9 @@ class SupervisedSchedule:
     def __call__(self, step: int) -> float:
         with blamed(self._item, f"__call__ of step {step}", at_work=True):
             rate = float(self._schedule(step))
-        if not math.isfinite(rate) or rate < 0:
+        if not math.isfinite(rate) or rate < -self._rounding:
             raise returned(self._item, f"__call__ of step {step}", rate, "expected a finite number of 0 or more")
-        return rate
+        return max(rate, 0.0)
 
 
 class ComposedSchedule:

@@ -29,7 +29,7 @@ from saekit.site import Sites
 from saekit.training.firing import FiringStatistics
 from saekit.training.metrics import step_metrics, window_metrics
 from saekit.training.optimizer import ScheduledOptimizer
-from saekit.training.reported import check_reported, check_unchanged, version_of
+from saekit.training.reported import Unwritten, check_reported
 from saekit.training.together import check_names, of_whole_batch, with_exchange
 from saekit.values import Batch, Histogram, Scale, StepInput, StepOutput
 
@@ -164,21 +164,23 @@ class SAETrainer:
         if self.scaled:
             read, written = self.factors
             x, y = x * read, None if y is None else y * written
-        target = x if y is None else y  # in the units of activations
+        wanted = x if y is None else y  # in the units of activations
         if self.maps is not None:
             x, y = self._mapped(x, y)
         share = self.world.share(() if batch is None else batch.counts)
         share = self.sae.share = with_exchange(share, self.sae, self.optimizer.parted)
-        before = version_of(x), version_of(y)
+        due = (self.step + 1) % self.training.log_frequency == 0
+        given = Unwritten(x=(x, rows), target=(y, target)) if due or not self._looked_at else None
         with self.watched("training_step"), products(self.training.matmul_precision, self.turns):
             result = self._gradients(x, y, batch)
-        check_unchanged(self.sae, x, y, before, (rows, self._recent))
+        if given is not None:
+            given.check(self.sae)
         if not self._looked_at:
             with self.watched("training_step"):
                 check_reported(self.sae, result, len(x))
                 check_names(share, result, self.sae)
             self._looked_at = True
-        look = at_hand(x.device) or (self.step + 1) % self.training.log_frequency == 0
+        look = due or at_hand(x.device)
         result, factor = of_whole_batch(self.sae, share, result, len(x), self.optimizer.parted, look=look)
         with self.watched("before_update"):
             self.sae.before_update()
@@ -193,7 +195,7 @@ class SAETrainer:
             self.sae.after_update()
         self.sae.share = self.world.share()  # until the next step, nothing depends on a batch
         window_ended = self.firing.update(result.fired, n)
-        metrics = self._metrics(target, result, grad_norm, share) if log else {}
+        metrics = self._metrics(wanted, result, grad_norm, share) if log else {}
         if window_ended and self.firing.last_fractions is not None:
             metrics |= window_metrics(share.all_features(self.firing.last_fractions))
         return metrics

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
 
 import saekit
-from saekit.errors import ConfigError, PluginFailedError, PluginWarning, UnknownKeyError
+from saekit.errors import ConfigError, PluginFailedError, UnknownKeyError
 from saekit.plugins import listing
+from saekit.plugins.building import built
 from saekit.plugins.manager import Failure, PluginManager
 from saekit.testing import fake_plugin, isolated_manager
 from saekit.training.schedule import SupervisedSchedule
@@ -79,10 +81,36 @@ def test_why_a_plugin_that_is_looked_for_was_left_out() -> None:
         assert [line.split()[1] for line in str(caught.value).splitlines()[1:]] == said
 
 
-def test_a_name_that_disables_nothing_is_told() -> None:
+def test_a_name_that_disables_nothing_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with warnings.catch_warnings(record=True, action="always") as told:
+        PluginManager(disabled=["nosuch"])  # no variable names it
+        assert told == []
+        monkeypatch.setenv("SAEKIT_DISABLE_PLUGINS", "nosuch,SAEKIT:topk,relu")
+        PluginManager()
+        monkeypatch.setenv("RANK", "1")
+        PluginManager()
     said = "SAEKIT_DISABLE_PLUGINS names nosuch, which is no plugin that is installed"
-    with pytest.warns(PluginWarning, match=said):
-        PluginManager(disabled=["nosuch", "SAEKIT:topk", "relu"])
+    assert [str(one.message) for one in told] == [said]
+
+
+def test_properties_of_what_a_plugin_is_given_may_fail() -> None:
+    class Run:
+        @property
+        def backend(self) -> None:
+            raise RuntimeError("not yet")
+
+    made = lambda: {}  # noqa: E731
+    item = isolated_manager(fake_plugin("evals", "mine", lambda config, run: made)).get("evals", "mine")
+    assert built(item, None, run=Run()) is made
+
+
+def test_of_several_problems_what_is_the_same_is_said_once() -> None:
+    lists = ["None.\nRegistered x:\n  a\n  b\nFailed: f"] * 2 + ["None.\nRegistered y:\n  b\n  c\nFailed: f"]
+    assert str(ConfigError([(str(number), text) for number, text in enumerate(lists)])).splitlines()[1:] == [
+        "  - 0: None.", "Registered x:", "  a", "  b", "Failed: f", "  - 1: None.", "  - 2: None.", "Registered y:",
+        "  b", "  c",
+    ]  # fmt: skip
 
 
 def test_a_remark_that_is_no_text() -> None:

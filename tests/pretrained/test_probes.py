@@ -356,7 +356,7 @@ class Failing(saekit.SAE):
 
 def test_an_sae_that_cannot_tell_is_saved_all_the_same(tmp_path: Path) -> None:
     sae = make()
-    sae.__class__ = type("Failing", (type(sae),), {"encode": Failing.encode})
+    sae.__class__ = type("Failing", (type(sae),), {"encode": Failing.encode, "public_config": type(sae).public_config})
     said = r"is saved without probe.safetensors, so that nobody can verify it: .* fails with ZeroDivisionError"
     with pytest.warns(UserWarning, match=said):
         folder = sae.save(tmp_path / "sae")

@@ -131,9 +131,10 @@ def test_a_source_whose_state_cannot_be_saved(tmp_path: Path) -> None:
             return {"made": self._made, "draw": iter(())}
 
     own = manager(None, fake_plugin("activation_sources", "mine", lambda config, stream: Odd(stream)))
-    told = r"of the activation source 'test:mine', the state at state_dict\(\)/draw holds a tuple_iterator, which"
-    with pytest.warns(RuntimeWarning, match=told):
+    told = r"^activation source 'test:mine' \(test 0\): the state at state_dict\(\)/draw holds a tuple_iterator, which"
+    with pytest.raises(PluginFailedError, match=told):
         train(config(tmp_path), plugins=own)
+    assert saekit.SAE.load(tmp_path / "run/sae").d_sae == 64
 
 
 def test_a_source_that_ends_at_once(tmp_path: Path) -> None:
@@ -158,6 +159,22 @@ def test_a_schedule_that_fails_at_once_is_not_the_optimizers_fault(tmp_path: Pat
     with pytest.raises(PluginFailedError, match=r"^LR schedule 'test:mine' .* step 0 returned -0.001") as caught:
         train(table, plugins=own)
     assert not any("optimizer" in note for note in getattr(caught.value, "__notes__", ()))
+
+
+def test_a_schedule_is_asked_once_before_the_first_step(tmp_path: Path) -> None:
+    asked: list[int] = []
+
+    class Rounded:
+        end = 1.0
+
+        def __call__(self, step: int) -> float:
+            asked.append(step)
+            return -1e-20 if step == 3 else 1e-3  # a rate of 0, but for rounding
+
+    own = manager(None, fake_plugin("lr_schedules", "mine", lambda config, lr, steps: Rounded()))
+    train(fake_config(tmp_path, training={"lr_warm_up_steps": 0}) | {"lr_schedule": "mine"}, plugins=own)
+    assert asked == [0, *range(len(asked) - 1)]
+    assert len(asked) > 4
 
 
 def test_a_want_of_memory_is_nobodys_fault(tmp_path: Path) -> None:

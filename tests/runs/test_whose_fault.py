@@ -16,7 +16,8 @@ from support.runs import fake_config, manager, train
 from torch import Tensor
 
 import saekit
-from saekit.errors import ConfigError, DataError, PluginFailedError
+from saekit.errors import ConfigError, DataError, LostProcessError, PluginFailedError, SaekitError
+from saekit.runs.watching import watching_of
 from saekit.sae import Parameter, init
 from saekit.testing import FakeBackend, fake_plugin
 
@@ -34,6 +35,37 @@ class NamedOtherwise:
 
     def __call__(own, pre: Tensor) -> Tensor:  # noqa: N805
         return {}["no"]  # type: ignore[no-any-return]
+
+
+def test_an_activation_function_is_not_asked_where_it_cannot_be_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Tensor] = []
+
+    def wider(pre: Tensor) -> Tensor:
+        calls.append(pre)
+        return pre.double()
+
+    own = manager(None, fake_plugin("activation_functions", "mine", lambda config: wider))
+    sae = saekit.SAE.from_dict({"name": "standard", "d_in": 8, "d_sae": 16, "activation": "mine"}, plugins=own)
+    config = saekit.load_config({"sae": {"name": "standard", "activation": "mine"}}, plugins=own)
+    watching = watching_of(config, own, sae)
+
+    def fails(error: Exception) -> str:
+        with pytest.raises(SaekitError) as caught, watching("training_step"):
+            raise error
+        return str(caught.value).partition(" (")[0]
+
+    assert fails(LostProcessError("gone")) == "gone"
+    assert fails(ConfigError([("training.compile", "has no dtype")])) == "training.compile: has no dtype"
+    assert fails(PluginFailedError("reported")) == "reported"
+    assert calls == []
+    assert fails(RuntimeError("broken")).startswith("SAE architecture 'saekit:standard'")
+    assert fails(RuntimeError("not the same dtype")).startswith("activation function 'test:mine'")
+
+    def lost(*args: Any, **more: Any) -> Tensor:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    monkeypatch.setattr(torch, "linspace", lost)
+    assert fails(RuntimeError("not the same dtype")).startswith("SAE architecture")
 
 
 @pytest.mark.parametrize(

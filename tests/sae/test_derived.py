@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from pathlib import Path
@@ -61,6 +62,24 @@ class Tripled:
         return pre.relu() * 3
 
 
+class ActivatedAndNamed(Activated):
+    def public_config(self) -> dict[str, Any]:
+        return super().public_config()
+
+
+class MadeAnew(TopKSAE):
+    @property
+    def activation(self) -> Any:
+        return Tripled()
+
+    @activation.setter
+    def activation(self, given: Any) -> None:
+        pass
+
+    def public_config(self) -> dict[str, Any]:
+        return super().public_config()
+
+
 class Shifted(StandardSAE):
     def pre_activations(self, x: Tensor) -> Tensor:
         return super().pre_activations(x) - 0.1
@@ -107,14 +126,18 @@ def manager_of(kind: type, config: type) -> saekit.PluginManager:
         (Penalized, Standard, "standard"),  # which matters in training alone
         (Named, TopK, "topk"),
         (Mixed, TopK, "topk"),
+        (ActivatedAndNamed, TopK, "topk"),
+        (MadeAnew, TopK, "topk"),
     ],
 )
 def test_the_name_of_what_it_is_derived_from(tmp_path: Path, kind: type, config: type, name: str) -> None:
     plugins = manager_of(kind, config)
     more = {"k": 3} if config is TopK else {}
     sae = SAE.from_dict({"name": "mine", **SIZES, **more}, plugins=plugins)
-    sae.save(tmp_path / "saved")
-    copy.deepcopy(sae).save(tmp_path / "copy")
+    said = rf"as 'test:mine', which sae-lens does not know, and not as '\w+': .* public_config in {kind.__name__}$"
+    for folder, one in (("saved", sae), ("copy", copy.deepcopy(sae))):
+        with pytest.warns(UserWarning, match=said) if name == "test:mine" else contextlib.nullcontext():
+            one.save(tmp_path / folder)
     for folder in ("saved", "copy"):
         assert json.loads((tmp_path / folder / "cfg.json").read_text())["architecture"] == name
     if name == "test:mine":
@@ -127,6 +150,15 @@ def test_the_name_of_what_it_is_derived_from(tmp_path: Path, kind: type, config:
     again = SAE.load(tmp_path / "saved", plugins=plugins)
     assert type(again) is kind
     assert torch.allclose(again(x), sae(x), rtol=1e-5, atol=1e-6)
+
+
+def test_an_activation_function_in_the_place_of_its_own_is_told(tmp_path: Path) -> None:
+    sae = SAE.from_dict({"name": "topk", **SIZES, "k": 3})
+    sae.save(tmp_path / "own")
+    sae.activation = Tripled()
+    sae.info = attrs.evolve(sae.info, architecture="test:mine")
+    with pytest.warns(UserWarning, match="not as 'topk': its activation function is not the one that its options name"):
+        sae.save(tmp_path / "other")
 
 
 def test_levels_matter_in_training_alone(tmp_path: Path) -> None:

@@ -107,6 +107,21 @@ def test_where_it_would_be_another_sae_it_is_refused(name: str, options: dict[st
     assert torch.equal(sae(X), before)
 
 
+@pytest.mark.parametrize("some", [True, False])
+def test_of_float16_what_is_no_number_is_passed_over(some: bool) -> None:
+    sae = SAE.from_dict({"name": "standard", **SIZES, **FREE}).half()
+    with torch.no_grad():
+        sae.W_dec.mul_(torch.linspace(0.5, 2, 24)[:, None])
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(0)).half()
+    x[3:] *= 60000  # infinite, most of them
+    sae.probe_rows = x if some else x[~sae(x).isfinite().all(-1)]
+    output = sae(x[:3])
+    assert not sae(x[3:]).isfinite().all()
+    sae.fold_W_dec_norm()
+    assert torch.allclose(sae.decoder_norms().float(), torch.ones(24), atol=1e-2)
+    assert torch.allclose(sae(x[:3]).float(), output.float(), rtol=0.02, atol=0.02)
+
+
 def test_a_parameter_that_does_not_say_how_it_grows() -> None:
     from saekit.sae import Parameter, init
     from saekit.sae.parameters import ParameterTable

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE
 from support.runs import fake_config, manager, train
+from support.saes import drawn_sae
 from torch import Tensor
 
 import saekit
 from saekit import StepOutput
 from saekit.errors import PluginFailedError
 from saekit.testing import fake_plugin
+from saekit.training.reported import Unwritten
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WHO = re.escape("SAE architecture 'test:mine' (test 0)")
@@ -60,6 +65,7 @@ def table(folder: Path) -> dict[str, Any]:
         ({"fired": lambda found: found.fired[:3]}, "has fired=a tensor [3] of int64, expected a tensor [d_sae], which"),
         ({"output": lambda found: found.output[:, :3]}, ", 3] of float32, expected a tensor [n, d_out], which is ["),
         ({"metrics": {"a": torch.zeros(5)}}, "has metrics['a'] = a tensor [5] of float32, expected a number, or a ten"),
+        ({"metrics": {"a": np.zeros(2)}}, "has metrics['a'] = array([0., 0.]), expected a number, or a tensor of one"),
         ({"metrics": {"a": "b"}}, "has metrics['a'] = 'b', expected a number, or a tensor of one"),
         ({"metrics": {3: 1.0}}, "has metrics of the name 3, expected a text"),
         ({"metrics": None}, "has metrics=None, expected a mapping of numbers by name"),
@@ -130,13 +136,43 @@ def test_names_that_come_later(tmp_path: Path) -> None:
     assert all('"mine":' in line for line in lines)
 
 
+def test_numbers_of_numpys_are_numbers(tmp_path: Path) -> None:
+    train(table(tmp_path), plugins=changed(metrics={"a": np.bool_(True), "b": np.array(2.0), "c": np.float32(3)}))
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    assert (line["a"], line["b"], line["c"]) == (1, 2, 3)
+
+
 def test_the_batch_is_not_written_into(tmp_path: Path) -> None:
     def losses(sae: Any, x: Tensor, step: Any) -> StepOutput:
         x -= x.mean(-1, keepdim=True)
         return StandardSAE.losses(sae, x, step)
 
-    with pytest.raises(PluginFailedError, match=rf"^{WHO}: a training step has written into x, which .*: x.clone\(\)$"):
+    told = r"has written into x, which is the batch of all SAEs that train on it\. .*: x.clone\(\)$"
+    with pytest.raises(PluginFailedError, match=rf"^{WHO}: a training step {told}"):
         train(table(tmp_path), plugins=architecture(losses))
+
+
+def test_what_a_step_writes_into_is_told_by_its_contents() -> None:
+    sae = drawn_sae(8)
+    buffer = torch.randn(401, 8)
+    x, target = buffer[:200], buffer[200:400]  # which share the number that torch counts
+
+    def fault(change: Callable[[], Any], *, own: bool = False) -> str:
+        given = Unwritten(x=(x, x.clone() if own else x), target=(target, target))
+        change()
+        try:
+            given.check(sae)
+        except PluginFailedError as error:
+            return re.sub(r".*(written into .*)\. Work.*", r"\1", str(error))
+        return ""
+
+    assert fault(lambda: buffer[400].add_(1)) == ""  # another thread fills it meanwhile
+    shared = "is the batch of all SAEs that train on it"
+    assert fault(lambda: target.mul_(2)) == f"written into step.target, which {shared}"
+    assert fault(lambda: x[20:].mul_(2)) == f"written into x, which {shared}"
+    assert fault(lambda: x.mul_(2), own=True) == "written into x, which must stay as it is"
+    x[0] = math.nan
+    assert fault(lambda: buffer[400].add_(1)) == ""
 
 
 def test_others_may_write_into_the_buffer_of_which_a_batch_is_a_view(tmp_path: Path) -> None:

@@ -80,9 +80,10 @@ def _sites(ports: Ports) -> Sites:
 
 def _saved(sae: SAE, folder: Any, subject: Subject) -> SAE:
     from saekit.pretrained.sae import SAE
+    from saekit.sae.folder import save_sae
 
     folder.parent.mkdir(exist_ok=True)
-    sae.save(folder)
+    save_sae(sae, folder)
     return SAE.load(folder, plugins=subject.plugins)
 
 

@@ -77,7 +77,7 @@ class SaeLensLoader:
 
     def write_sae(self, sae: SAE, folder: Path) -> None:
         """saekit's own folder, which sae-lens 6 reads where it has the architecture."""
-        sae.save(folder)
+        sae.export(folder, format="saekit")
         if json.loads((folder / CONFIG).read_text(encoding="utf-8"))["architecture"] == sae.info.architecture:
             raise SAEFormatError(f"sae_lens has no place for this {sae.info.architecture}: sae-lens 6 has none like it")
 

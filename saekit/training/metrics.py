@@ -46,7 +46,10 @@ def step_metrics(
         "sparsity/dead_features": share.features.sum(dead.sum()),
         "details/grad_norm": grad_norm,
     }
-    values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
+    values |= {
+        name: torch.as_tensor(value if isinstance(value, Tensor) else float(value), device=result.loss.device)
+        for name, value in result.metrics.items()
+    }
     read = [*values.values(), *spread.values()]
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in read]).tolist()
     still = {name for name, total in zip(spread, numbers[len(values) :], strict=True) if total == 0}

@@ -47,7 +47,10 @@ def step_metrics(
         "sparsity/dead_features": share.features.sum(dead.sum()),
         "details/grad_norm": grad_norm,
     }
-    values |= {name: torch.as_tensor(value, device=result.loss.device) for name, value in result.metrics.items()}
+    values |= {
+        name: torch.as_tensor(value if isinstance(value, Tensor) else float(value), device=result.loss.device)
+        for name, value in result.metrics.items()
+    }
     read = [*values.values(), *unlike.values()]
     numbers = torch.stack([value.detach().to(dtype).reshape(()) for value in read]).tolist()
     still = {name for name, rows in zip(unlike, numbers[len(values) :], strict=True) if rows == 0}

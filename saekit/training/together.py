@@ -144,7 +144,7 @@ def _summed(sae: SAEModule, share: Share, weight: float, parted: Mapping[nn.Para
 def _number(value: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(dtype)
-    return _scalar(value, like)
+    return _scalar(float(value), like)  # also of a number of NumPy's
 
 
 def _scalar(value: float, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -137,9 +138,12 @@ def test_names_that_come_later(tmp_path: Path) -> None:
 
 
 def test_numbers_of_numpys_are_numbers(tmp_path: Path) -> None:
-    train(table(tmp_path), plugins=changed(metrics={"a": np.bool_(True), "b": np.array(2.0), "c": np.float32(3)}))
+    train(
+        table(tmp_path),
+        plugins=changed(metrics={"a": np.bool_(True), "b": np.array(2.0), "c": np.float32(3), "d": Fraction(1, 2)}),
+    )
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
-    assert (line["a"], line["b"], line["c"]) == (1, 2, 3)
+    assert [line[name] for name in "abcd"] == [1, 2, 3, 0.5]
 
 
 def test_the_batch_is_not_written_into(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from . import errors as errors
 from . import evals as evals
 from . import exports as exports
 from . import features as features
+from . import for_sae_lens as for_sae_lens
 from . import kernels as kernels
 from . import kinds as kinds
 from . import measuring as measuring

@@ -126,6 +126,7 @@ PUBLIC_MODULES = [
     "errors",
     "evals",
     "files",
+    "for_sae_lens",
     "garbage",
     "hub",
     "kernels",

@@ -7,10 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from saekit.config.converter import ConfigConverter
+from saekit import load_config
 from saekit.errors import ConfigError, SAEFormatError
-from saekit.kinds import SAE_ARCHITECTURES
-from saekit.plugins.manager import default_manager
 from saekit_plugins.loaders.sae_lens.config import FoundConfig
 from saekit_plugins.loaders.sae_lens.others import OTHERS
 
@@ -116,7 +114,7 @@ def with_training(config: FoundConfig, found: Found) -> dict[str, Any]:
 
 def _is_accepted(key: str, options: Mapping[str, Any]) -> bool:
     try:
-        ConfigConverter(default_manager()).choice({"name": key, **options}, SAE_ARCHITECTURES)
+        load_config({"sae": {"name": key, **options}})
     except ConfigError:
         return False
     return True

@@ -15,7 +15,7 @@ __all__ = ["Findings", "of_all", "of_some"]
 _T = TypeVar("_T")
 _SHOWN = 3  # names, or kinds of what differs, that are told one by one
 _LONGEST = 40  # letters of a name that stands beside what is told of it
-_NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.]*\w)")
+_NUMBER = re.compile(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?(?![\w.]*\w)")
 """A number that is a word of its own, no part of a name."""
 
 

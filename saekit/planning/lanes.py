@@ -53,6 +53,7 @@ class PlannedLane:
     source: SupervisedSource | None = None
     """None: it could not be opened."""
     counted: LaneSizes = attrs.field(factory=LaneSizes)
+    _reads: bool | None = attrs.field(default=None, init=False)
 
     def opened(self, plugins: PluginManager) -> SupervisedSource:
         """Its source, which the caller closes."""
@@ -86,8 +87,10 @@ class PlannedLane:
 
     @property
     def reads(self) -> bool:
-        """Whether the model runs for it; a source that has not opened the text does without it."""
-        return self.source is None or reads(self.stream)
+        """Whether the model runs for it; a source that has not opened the text when it was opened does without it."""
+        if self._reads is None:
+            self._reads = self.source is None or reads(self.stream)
+        return self._reads
 
     @property
     def rows_per_context(self) -> int:

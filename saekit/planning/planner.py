@@ -265,10 +265,14 @@ class _Planner:
 
     def make_evals(self, corpus: Corpus, backend: ModelBackend) -> None:
         """What is measured of each SAE."""
+
+        @functools.cache
+        def held_out(number: int) -> torch.Tensor:  # read once for all SAEs, as a run does
+            return attrs.evolve(corpus, evals=attrs.evolve(corpus.evals, n_contexts=number)).held_out(backend, seed=0)
+
         for member in self.members:
-            config = member.config
-            held_out = functools.partial(attrs.evolve(corpus, evals=config.evals).held_out, backend, seed=0)
-            given = config, self.plugins, backend, held_out, self.device_of(member), member.name
+            measured = functools.partial(held_out, member.config.evals.n_contexts)
+            given = member.config, self.plugins, backend, measured, self.device_of(member), member.name
             made = self.found.attempt(functools.partial(make_evals, *given), of=[member.name])
             self.evals[member.name] = made or {}
 

@@ -51,7 +51,7 @@ class _Attempt(Protocol):
 
 @attrs.frozen
 class TextFindings:
-    """For :class:`saekit.planning.planner.Plan`."""
+    """For :class:`saekit.planning.plan.Plan`."""
 
     facts: dict[str, str] = attrs.field(factory=dict)
     warnings: list[str] = attrs.field(factory=list)

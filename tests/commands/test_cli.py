@@ -100,7 +100,7 @@ def test_train(tmp_path: Path) -> None:
 )
 def test_mistakes_exit_with_2_and_one_message(tmp_path: Path, arguments: list[str], message: str) -> None:
     (tmp_path / "bad.toml").write_text('[training]\nlr = "x"\nlrr = 1\n')
-    (tmp_path / "good.toml").write_text("")
+    (tmp_path / "good.toml").write_text('[sae]\nname = "standard"\n')
     found = cli(*arguments, cwd=tmp_path, check=2, watch=True)
     assert message in found.stderr
     assert "Traceback" not in found.stderr

@@ -15,7 +15,7 @@ import yaml
 from support.command import cli
 
 import saekit
-from saekit.config import TrainConfig
+from saekit.config import OptimizerConfig, SAEConfig, TrainConfig
 from saekit.config.files import load_config
 from saekit.config.formats import read_toml
 from saekit.config.recipes import find_recipe, listed, printed, recipe_text, recipes
@@ -179,9 +179,13 @@ def test_those_of_one_name_are_listed_by_their_keys() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_those_of_saekit_mean_its_own_plugins_whatever_else_is_installed(name: str) -> None:
     manager = isolated_manager(builtins=True)
+    needed = {"sae_architectures": SAEConfig, "optimizers": OptimizerConfig}
     for kind, registry in list(manager.registries.items()):
+        bases = (needed.get(kind, object),)
         entries = [
-            saekit.Entry(item.entry.name, attrs.make_class(f"Their{number}", {}, frozen=True), print)
+            saekit.Entry(
+                item.entry.name, attrs.make_class(f"Their{number}", {}, bases, frozen=True, kw_only=True), print
+            )
             for number, item in enumerate(registry.items)
         ]
         manager.register(plugin_of(kind, *entries), name=kind, distribution="theirs")

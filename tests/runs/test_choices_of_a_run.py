@@ -48,7 +48,8 @@ def test_one_training_run(tmp_path: Path, counted: Counter[str]) -> None:
     assert (counted["converters"], counted["structured"]) == (1, 1)
     # Written: config.toml, what trackers get, a checkpoint's facts, the SAE's options and how its model was loaded.
     # Compared: the source's options between SAEs that train together, the model's with a cache.
-    assert counted["plain"] == 7
+    # Looked through for relative paths: the whole, and the options of what it chooses as tables.
+    assert counted["plain"] == 7 + 5
     # Eight that the configuration chooses, two evals among them, and the tracker that is always there, for the checks
     # and for the run.
     assert counted["looked up"] == 8 + 3

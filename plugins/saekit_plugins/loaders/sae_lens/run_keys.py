@@ -48,7 +48,7 @@ OTHER_NORMALIZATIONS: Mapping[Any, str] = {
 """Those that are not quite the same here, and why."""
 SPECIAL_TOKENS = (
     "is true, which means bos, eos, pad, sep and decoder_start in 6.54.12, and here all that the tokenizer calls "
-    "special: where it has more, as for chats, give the ids instead, as in tokens.exclude_special_tokens = [0, 2]"
+    "special: where it has more, as for chats, give the ids instead, as in tokens.exclude_special_tokens=[0,2]"
 )
 KEPT: Mapping[str, Key] = {
     "model_name": Key("model.name"),

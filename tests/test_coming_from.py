@@ -13,6 +13,7 @@ import pytest
 import saekit
 from saekit.config import PretokenizeConfig, TrainConfig
 from saekit.config.elsewhere import option_paths
+from saekit.features.feature import Feature
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(ROOT.glob("docs/coming-from-*.md"))
@@ -59,6 +60,10 @@ def is_there(name: str) -> bool:
         return hasattr(saekit.SAEInfo, about[1])
     if about := re.match(r"sae\.sites?(?:\.(\w+))?$", name):
         return about[1] is None or about[1] in saekit.Site.__annotations__
+    if own := re.match(r"sae\.(W_enc|threshold)\b", name):
+        return hasattr(saekit.SAE.from_dict({"name": "batchtopk", "d_in": 2, "d_sae": 4, "k": 1}), own[1])
+    if name.startswith("feature."):
+        return all(hasattr(Feature, word) for word in re.findall(r"feature\.(\w+)", name))
     if name == "sae.use_error_term" or re.match(r"sae(\.\w+)?\(", name):
         words = re.findall(r"\w+", name)
         return words[1] == "use_error_term" or hasattr(saekit.SAE, words[1])

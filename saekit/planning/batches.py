@@ -23,7 +23,8 @@ class Batches:
 
     def __init__(self, lanes: Sequence[PlannedLane], world: World, forward_bytes: float = 0.0) -> None:
         """``forward_bytes``: what hooks hold of one context for all of ``lanes``."""
-        self._size, self._bytes = world.size, forward_bytes
+        # Where SAEs are laid out over processes, each takes whole batches, and makes its part of the forwards.
+        self._size, self._readers, self._bytes = world.column.size, world.saes.size, forward_bytes
         groups: dict[object, list[PlannedLane]] = {}
         for lane in lanes:
             groups.setdefault(lane.forwards_alike, []).append(lane)
@@ -73,8 +74,8 @@ class Batches:
         for group in self._groups:
             firsts, wholes = [], []
             for lane in group:
-                number, found = lane.longest.config.training.steps, self._of(lane)
-                first, added = ran_ahead(self._served(lane), self._batch(lane), number, found.per_row, steps / number)
+                number, per_row = lane.longest.config.training.steps, self._of(lane).per_row / self._readers_of(lane)
+                first, added = ran_ahead(self._served(lane), self._batch(lane), number, per_row, steps / number)
                 firsts.append(first)
                 wholes.append(first + added)
             filling, waiting = filling + max(firsts), waiting + max(wholes) - max(firsts)
@@ -98,6 +99,10 @@ class Batches:
                 first = min(ahead, made := self._made(lane))
                 again += max(first - room, 0) + int((made - first) * max(1 - room / refill, 0.0))
         return again
+
+    def _readers_of(self, lane: PlannedLane) -> int:
+        """Over how many processes its forwards are dealt out; what is read, each reads."""
+        return self._readers if lane.reads else 1
 
     def _batch(self, lane: PlannedLane) -> int:
         return max(lane.longest.config.training.train_batch_size_tokens // self._size, 1)
@@ -142,4 +147,5 @@ class Batches:
     def _made(self, lane: PlannedLane, *, needed: bool = False) -> int:
         served = self._served(lane)
         served = attrs.evolve(served, needed=True) if needed else served
-        return served.forwards(self._batch(lane), lane.longest.config.training.steps)
+        made = served.forwards(self._batch(lane), lane.longest.config.training.steps)
+        return -(-made // self._readers_of(lane))

@@ -83,7 +83,7 @@ class Sizes:
         groups = self.world.saes.size
         self.here = here_of(self.members, groups) if groups > 1 else self.members
         for lane in self.lanes:
-            lane.count(self.world.size)
+            lane.count(self.world.column.size)  # which take the same batches together
         if not self._count_saes():
             return None
         own = [self.saes[member.name] for member in self.here]

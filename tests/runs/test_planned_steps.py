@@ -24,6 +24,7 @@ from saekit.planning.findings import Findings, of_all, of_some
 from saekit.planning.kinds import Kinds
 from saekit.planning.lanes import LaneSizes, PlannedLane
 from saekit.planning.members import PlannedMember, here_of
+from saekit.planning.mesh import planned_world
 from saekit.planning.rehearsal import Deadline, FirstRows, rehearsed
 from saekit.planning.stepped import Rehearsed, Stepped
 from saekit.tokens import TokenChoice
@@ -359,6 +360,15 @@ def test_forwards_of_which_fewer_rows_count_are_more_and_take_as_long() -> None:
         assert batches.forwards_told()[1]["forwards"] == 320
     assert both.seconds(1.0) == alone.seconds(1.0)
     assert sum(alone.seconds(1.0)) == pytest.approx(2.048 * 320)
+
+
+def test_forwards_are_dealt_out_to_the_processes_of_other_saes() -> None:
+    own, two = lane(member("one")), planned_world(load_config({"distributed": {"saes": 2}}))
+    dealt, alone = Batches([own], two), Batches([own], ALONE)
+    for batches in (dealt, alone):
+        batches.note(own, FOUND)
+    assert dealt.seconds(0.0)[0] * 2 == alone.seconds(0.0)[0] > 0
+    assert dealt.forwards_told()[1]["forwards"] * 2 == alone.forwards_told()[1]["forwards"]
 
 
 def test_the_larger_of_two_buffers_is_filled() -> None:

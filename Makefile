@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Which Python made the environment and what went into it: changing either makes it anew.
 STAMP := $(VENV)/.installed
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 # The environment of `make bench`, which has sae-lens too.
 PEERS ?= .venv-peers
 # The environment of `make test-newest`.
@@ -118,14 +119,16 @@ while sleep 1; kill -0 $$pid 2> /dev/null; do \
 done; wait $$pid
 endef
 
-# torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.
+# torch goes first, at the tested version: a plain requirement would take a build with gigabytes of CUDA libraries.  A new pip
+# finds the versions in half the time of the one that comes with Python 3.11, and bytecode is made by all processors.
 $(STAMP): pyproject.toml constraints.txt
-	@echo "Setting up $(VENV), once: torch and about 160 packages, 1.9 GB on disk, two to five minutes."
+	@echo "Setting up $(VENV), once: torch and about 160 packages, 1.9 GB on disk, one to four minutes."
 	$(call SAYING,making an environment in $(VENV),test -x $(BIN)/python || $(PYTHON) -m venv $(VENV))
-	$(call SAYING,installing torch,\
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch)
-	$(call SAYING,installing saekit and what it needs,\
-		$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.$(EXTRAS)')
+	$(call SAYING,installing a new pip,$(PIP) 'pip>=25')
+	$(call SAYING,installing torch,$(PIP) -c constraints.txt torch)
+	$(call SAYING,installing saekit and what it needs,$(PIP) -c constraints.txt -e '.$(EXTRAS)')
+	$(call SAYING,compiling what was installed,\
+		$(BIN)/python -m compileall -qq -j 0 -x '/tests/' $(VENV)/lib || true)
 	touch $(STAMP)
 
 $(PEERS)/.installed: pyproject.toml constraints.txt

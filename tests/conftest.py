@@ -30,6 +30,10 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Their assertions tell what they found, as those of the tests do.
 pytest.register_assert_rewrite("support")
 
+from support import disk  # noqa: E402
+
+disk.wait_no_more()
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -34,7 +34,7 @@ def expected_stream(docs: Sequence[Sequence[int]], policy: TokenPolicy) -> list[
     return out
 
 
-@settings(max_examples=300)
+@settings(max_examples=150)
 @given(documents, policies)
 def test_nothing_is_lost_or_doubled(docs: list[list[int]], policy: TokenPolicy) -> None:
     packer = ContextPacker(policy)
@@ -78,7 +78,7 @@ def test_a_saved_state_goes_on_with_the_very_same_contexts(
     assert begun + drain(second) == whole
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(documents, policies, st.data())
 def test_documents_may_come_in_any_pieces(docs: list[list[int]], policy: TokenPolicy, data: st.DataObject) -> None:
     whole, pieces = ContextPacker(policy), ContextPacker(policy)
@@ -94,7 +94,7 @@ def test_documents_may_come_in_any_pieces(docs: list[list[int]], policy: TokenPo
     assert whole.state_dict() == pieces.state_dict()
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(5, 9), max_size=25), max_size=12), st.integers(2, 9), st.booleans())
 def test_bos_where_promised_and_only_there(docs: list[list[int]], size: int, separated: bool) -> None:
     policy = TokenPolicy(context_size=size, begin_batch=BOS, separator=BOS if separated else None)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from functools import cache
@@ -28,6 +30,10 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 # Their assertions tell what they found, as those of the tests do.
 pytest.register_assert_rewrite("support")
 
+from support import disk  # noqa: E402
+
+disk.wait_no_more()
+
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -36,17 +42,36 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Iterator[None]:
-    """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later."""
+def pytest_collection(session: pytest.Session) -> Iterator[None]:
+    """What libraries and tests are made of stays, so that nobody looks for garbage in it: neither now nor later.
+
+    Rewriting the assertions of a clean checkout takes longer than all else here.  Each of several workers does so for
+    some of the files before it comes to the rest, which the others have written meanwhile.
+    """
     # While it is imported it looks through all that there is, for who holds random numbers; it always is, at the end.
     from hypothesis import settings
 
     settings.register_profile("saekit", deadline=None)  # nothing fails for being slow
     settings.load_profile("saekit")
     gc.disable()
+    writes_none, sys.dont_write_bytecode = sys.dont_write_bytecode, False
+    for path in _own_share(session.config):
+        with contextlib.suppress(Exception, pytest.skip.Exception, session.CollectError):
+            _ = pytest.Module.from_parent(session, path=path).obj  # what is wrong is told when it is collected
     yield
+    sys.dont_write_bytecode = writes_none
     gc.freeze()
     gc.enable()
+
+
+def _own_share(config: pytest.Config) -> list[Path]:
+    """The files of tests that this worker imports first; none where nobody works beside it."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers == 1:
+        return []
+    asked = [config.invocation_params.dir / argument.partition("::")[0] for argument in config.args]
+    files = {file for path in asked for file in (path.rglob("test_*.py") if path.is_dir() else [path])}
+    return sorted(files)[int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")) :: workers]
 
 
 _OF_SHORT_RUNS = (

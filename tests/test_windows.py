@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support import runs
+from support import disk, runs
 from support.saved import make, other, thesis
 
 import saekit
@@ -186,6 +186,14 @@ def test_a_file_system_that_does_not_sync_folders(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(StorageError, match="No space left on device"):
         storage.write_text(tmp_path / "a", "y")
+
+
+def test_files_and_folders_of_this_system_are_synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the system itself, for which other tests do not wait."""
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: (disk.wait_for(handle), synced.append(os.fstat(handle).st_ino)))
+    storage.write_text(tmp_path / "a", "x")
+    assert synced == [(tmp_path / "a").stat().st_ino, tmp_path.stat().st_ino]
 
 
 def test_text_that_is_no_unicode(tmp_path: Path) -> None:

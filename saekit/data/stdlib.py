@@ -10,41 +10,42 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from hashlib import blake2b
-from pathlib import Path
 
 _NOT_PROSE = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"}
 _HELD_OUT_EVERY = 20
 
 
-def stdlib_files(root: Path | None = None) -> list[Path]:
-    """The standard library's ``.py`` files without its tests, sorted by path, so that the order is one order."""
-    root = root or Path(sysconfig.get_path("stdlib"))
-    files = []
-    for folder, below, names in os.walk(root):
-        below[:] = [name for name in below if name not in _NOT_PROSE]  # site-packages may be large: do not go there
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
-
-
-def stdlib_documents(split: str = "train", root: Path | None = None) -> Iterator[dict[str, str]]:
+def stdlib_documents(split: str = "train") -> Iterator[dict[str, str]]:
     """One ``{"text", "path"}`` record per file of ``split``: ``train``, ``heldout`` (one file in 20) or ``all``.
 
     The split follows a hash of the path, so a file stays on its side whatever else is installed.  The order follows one
     too, since files of one folder are much alike.  Files are read as they are needed.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    named = {path.relative_to(root).as_posix(): path for path in stdlib_files(root)}
-    for name in sorted(named, key=lambda name: blake2b(name.encode()).digest()):
+    for name, path in _files().items():
         if split != "all" and (split == "heldout") != _is_held_out(name):
             continue
         try:
-            with tokenize.open(named[name]) as file:  # honors a PEP 263 encoding line
+            with tokenize.open(path) as file:  # honors a PEP 263 encoding line
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # a deliberately broken or unreadable source is no text
         if text.strip():
             yield {"text": text, "path": name}
+
+
+@cache
+def _files() -> dict[str, str]:
+    """The paths of ``.py`` files without tests, which do not change meanwhile, by their names and in their order."""
+    root, found = sysconfig.get_path("stdlib"), {}
+    for folder, below, names in os.walk(root):
+        below[:] = [name for name in below if name not in _NOT_PROSE]  # site-packages may be large: do not go there
+        for name in names:
+            path = f"{folder}{os.sep}{name}"
+            if name.endswith(".py"):
+                found[os.path.relpath(path, root).replace(os.sep, "/")] = path
+    return {name: found[name] for name in sorted(found, key=lambda name: blake2b(name.encode()).digest())}
 
 
 def _is_held_out(name: str) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from support.caches import (
+    DOCUMENTS,
     HEAD,
     LAST,
     SITE,
@@ -67,9 +68,10 @@ def test_a_reading_serves_every_row_once_with_its_origin(
 
 def test_nothing_of_the_model_is_lost(tmp_path: Path) -> None:
     """All rows of the model's activations on all of the text, once in each reading, in a new order each time."""
-    run = config(tmp_path, dataset={"on_exhausted": "stop"})
-    manifest = cache(run, tokens=10**6)
-    tokens, documents = packed()
+    run, text = config(tmp_path, dataset={"on_exhausted": "stop"}), DOCUMENTS[:20]
+    manifest = cache(run, tokens=10**6, dataset=text)
+    tokens, documents = packed(documents=text)
+    assert len(manifest.shards) > 10
     wanted = Counter(
         zip(documents.flatten().tolist(), tokens.flatten().tolist(), itertools.cycle(range(SIZE)), strict=False)
     )
@@ -86,7 +88,7 @@ def test_nothing_of_the_model_is_lost(tmp_path: Path) -> None:
         orders.append(origins[0].tolist())
     read.close()
     assert orders[0] != orders[1]
-    result = train(with_options(run, "training", training_tokens=10**6))
+    result = train(with_options(run, "training", training_tokens=10**6), dataset=text)
     assert result.metrics["details/n_training_tokens"] == manifest.rows
 
 

@@ -57,10 +57,21 @@ def test_pretokenized_contexts_say_which_documents_they_are_from(tmp_path: Path,
     assert set(range(295)) - set(flat) == set(range(0, 295, 7))
 
 
+@pytest.fixture(scope="module")
+def shuffled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Contexts as most tests want them, which only read them."""
+    return contexts(tmp_path_factory.mktemp("shuffled") / "c")
+
+
+@pytest.fixture(scope="module")
+def in_order(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return contexts(tmp_path_factory.mktemp("in_order") / "c", shuffle=False)
+
+
 @pytest.mark.parametrize("every", [2, 5, 20])
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_whole_documents_are_held_out_of_contexts(tmp_path: Path, every: int, shuffle: bool) -> None:
-    folder = contexts(tmp_path / "c", shuffle=shuffle)
+@pytest.mark.parametrize("made", ["in_order", "shuffled"])
+def test_whole_documents_are_held_out_of_contexts(request: pytest.FixtureRequest, every: int, made: str) -> None:
+    folder = request.getfixturevalue(made)
     documents, model = noted(folder), backend()
     held_rows = corpus(folder, held_out_every=every, n_contexts=10_000).held_out(model, seed=0).tolist()
     trained_rows = corpus(folder, held_out_every=every).contexts(model).take(10_000).tokens.tolist()
@@ -82,15 +93,15 @@ def test_the_part_that_is_held_out() -> None:
         for number in (10, 1000, 100_000):
             for every in (2, 5, 20):
                 Made.documents, Made.contexts = documents, number
-                chosen = [n for n in range(documents) if held_documents(Made, every)(n)]  # type: ignore[arg-type]
+                held = held_documents(Made, every)  # type: ignore[arg-type]
+                chosen = {n for n in range(documents) if held(n)}
                 assert 1 / every <= len(chosen) / documents < 2 / every, (documents, number, every)
                 runs = sum(n - 1 not in chosen for n in chosen)
                 assert runs <= max(number // (8 * every), 1), "few of them, for contexts are lost at their ends"
 
 
-def test_a_run_on_contexts_and_its_cache_hold_out_documents(tmp_path: Path) -> None:
-    folder = contexts(tmp_path / "c")
-    documents = noted(folder)
+def test_a_run_on_contexts_and_its_cache_hold_out_documents(tmp_path: Path, shuffled: Path) -> None:
+    folder, documents = shuffled, noted(shuffled)
     config = run_config(tmp_path / "runs", evals={"split": None, "n_contexts": 4})
     config["dataset"] = {"path": str(folder), "on_exhausted": "stop"}
     config["training"] |= {"training_tokens": 4000}
@@ -111,8 +122,8 @@ def test_a_run_on_contexts_and_its_cache_hold_out_documents(tmp_path: Path) -> N
     assert not held & cached
 
 
-def test_contexts_that_are_packed_again_keep_their_documents(tmp_path: Path) -> None:
-    first = contexts(tmp_path / "a")
+def test_contexts_that_are_packed_again_keep_their_documents(tmp_path: Path, shuffled: Path) -> None:
+    first = shuffled
     again = {"folder": str(tmp_path / "b"), "tokenizer": str(TOKENIZER), "verbose": False, "seed": 7}
     saekit.pretokenize(again | {"dataset": {"path": str(first)}})
     assert noted(tmp_path / "b") == noted(first)
@@ -120,18 +131,17 @@ def test_contexts_that_are_packed_again_keep_their_documents(tmp_path: Path) -> 
     assert one["documents"] == two["documents"]
 
 
-def without_documents(folder: Path) -> Path:
+def without_documents(whole: Path, folder: Path) -> Path:
     """As an older version wrote it."""
-    rows = datasets.load_from_disk(str(contexts(folder.with_name("whole"))))
-    rows.remove_columns("document_ids").save_to_disk(folder)
-    made = json.loads((folder.with_name("whole") / "saekit.json").read_text())
+    datasets.load_from_disk(str(whole)).remove_columns("document_ids").save_to_disk(folder)
+    made = json.loads((whole / "saekit.json").read_text())
     (folder / "saekit.json").write_text(json.dumps({k: v for k, v in made.items() if k != "documents"}))
     return folder
 
 
-def test_contexts_whose_documents_nobody_noted_are_a_warning_with_the_numbers(tmp_path: Path) -> None:
+def test_contexts_whose_documents_nobody_noted_are_a_warning_with_the_numbers(tmp_path: Path, shuffled: Path) -> None:
     config = run_config(tmp_path / "runs", evals={"split": None, "n_contexts": 4})
-    config["dataset"] = {"path": str(without_documents(tmp_path / "c"))}
+    config["dataset"] = {"path": str(without_documents(shuffled, tmp_path / "c"))}
     said = "the 4 held-out contexts are single ones of '.*/c', one in 20, and saekit.json does not say which documents"
     with pytest.warns(RuntimeWarning, match=said):
         result = saekit.train(config, model=hooked_transformer())
@@ -155,10 +165,9 @@ def test_too_few_documents_to_hold_out_whole_ones(tmp_path: Path) -> None:
     assert len(saekit.train(config, model=hooked_transformer()).held_out) == 4
 
 
-def test_a_column_of_documents_that_is_gone_or_damaged(tmp_path: Path) -> None:
-    folder = contexts(tmp_path / "c")
-    rows = datasets.load_from_disk(str(folder))
-    made = (folder / "saekit.json").read_text()
+def test_a_column_of_documents_that_is_gone_or_damaged(tmp_path: Path, shuffled: Path) -> None:
+    rows = datasets.load_from_disk(str(shuffled))
+    made = (shuffled / "saekit.json").read_text()
     rows.remove_columns("document_ids").save_to_disk(tmp_path / "gone")
     (tmp_path / "gone/saekit.json").write_text(made)
     with pytest.raises(DataError, match="has no column 'document_ids', which is said to have the documents"):

@@ -40,9 +40,9 @@ def dotted(node: ast.AST) -> str:
 
 def named(text: str) -> Iterator[str]:
     """What code, and the texts in it, name with dots; documentation does not count."""
-    tree = ast.parse(text)
-    documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
+    nodes = [*ast.walk(ast.parse(text))]
+    documentation = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -57,6 +57,8 @@ def private_of_torch(text: str) -> list[str]:
     """The names among them that torch does not promise."""
     found = []
     for name in named(text):
+        if "torch" not in name:  # as most do not
+            continue
         first, *parts = name.strip("`'\"().,:;").split(".")
         hidden = [part for part in parts if part.startswith("_") and not part.startswith("__")]
         if first == "torch" and (hidden or parts[:1] == ["ops"]):

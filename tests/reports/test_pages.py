@@ -56,11 +56,20 @@ def page_of(folder: Path) -> Page:
     return Page(text)
 
 
-def test_a_page_needs_no_network(tmp_path: Path) -> None:
-    runs = [write_run(tmp_path / "run"), write_sweep(tmp_path / "sweep", POINTS)]
-    for folder in runs:
-        draw_pictures(folder)
-        for path in folder.rglob("*.html"):
+@pytest.fixture(scope="module")
+def drawn_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With its pictures, which take most of the time; tests only read it."""
+    folder = tmp_path_factory.mktemp("drawn") / "sweep"
+    draw_pictures(write_sweep(folder, POINTS, diverged={"5_l1=9_lr=0.001": "the loss is nan"}))
+    return folder
+
+
+def test_a_page_needs_no_network(tmp_path: Path, drawn_sweep: Path) -> None:
+    draw_pictures(write_run(tmp_path / "run"))
+    for folder, n_pages in ((tmp_path / "run", 1), (drawn_sweep, 1 + len(POINTS))):
+        pages = list(folder.rglob("*.html"))
+        assert len(pages) == n_pages
+        for path in pages:
             text = path.read_text()
             page = Page(text)
             refers = [value for _, attrs in page.tags for name, value in attrs.items() if name in ("src", "href")]
@@ -111,10 +120,8 @@ def test_a_long_run_is_a_small_page(tmp_path: Path) -> None:
     assert len(swept.encode()) < 1_000_000
 
 
-def test_what_is_in_a_sweep(tmp_path: Path) -> None:
-    folder = write_sweep(tmp_path / "sweep", POINTS, diverged={"5_l1=9_lr=0.001": "the loss is nan"})
-    draw_pictures(folder)
-    data = Page((folder / "summary.html").read_text()).data
+def test_what_is_in_a_sweep(drawn_sweep: Path) -> None:
+    data = Page((drawn_sweep / "summary.html").read_text()).data
     points, curves = data["groups"]
     assert [chart["title"] for chart in points["charts"]] == ["Explained variance over L0", "CE recovered over L0"]
     lines = points["charts"][0]["lines"]
@@ -133,7 +140,7 @@ def test_what_is_in_a_sweep(tmp_path: Path) -> None:
     assert data["table"]["head"][:3] == ["SAE", "l1_coefficient", "lr"]
     rows = data["table"]["rows"]
     assert rows[0]["link"] == "0_l1=1_lr=0.0001/curves.html"
-    assert (folder / rows[0]["link"]).is_file()
+    assert (drawn_sweep / rows[0]["link"]).is_file()
     assert rows[5]["cells"][-1] == "diverged"
     assert rows[5]["cells"][3] == "-"
     assert all(len(row["cells"]) == len(row["keys"]) == len(data["table"]["head"]) for row in rows)

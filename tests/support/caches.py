@@ -140,10 +140,10 @@ def train(run: dict[str, Any], backend: FakeBackend | None = None, dataset: Any 
     return saekit.train(run, plugins=manager(backend or FakeBackend()), dataset=dataset)
 
 
-def packed(size: int = SIZE) -> tuple[Tensor, Tensor]:
+def packed(size: int = SIZE, documents: Any = DOCUMENTS) -> tuple[Tensor, Tensor]:
     """``[contexts, size]`` token and document ids of the text."""
     options = DatasetConfig(context_size=size, on_exhausted="stop")
-    corpus = Corpus.of(options, EvalsConfig(run=(), held_out_every=0), DOCUMENTS)
+    corpus = Corpus.of(options, EvalsConfig(run=(), held_out_every=0), documents)
     contexts = corpus.contexts(FakeBackend()).take(10**6)
     return torch.from_numpy(contexts.tokens), torch.from_numpy(contexts.documents)
 

@@ -357,6 +357,7 @@ def main(number: int, imports: list[str]) -> NoReturn:
     gc.disable()
     for name in imports:
         importlib.import_module(name)
+    os.fsync = os.fstat  # type: ignore[assignment]  # as in :mod:`support.disk`, for the same reason
     assert threading.active_count() == 1, threading.enumerate()
     gc.freeze()  # a fork would copy all of it to look through it
     gc.enable()

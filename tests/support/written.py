@@ -120,12 +120,13 @@ def write_sweep(
     steps: int = 60,
 ) -> Path:
     """A sweep: ``points`` are the options of each SAE by its name; the larger λ, the fewer features fire."""
+    trained = records(steps)
     for name, options in points.items():
         lam = merged(OPTIONS, options)["sae"].get("l1_coefficient", 5.0)
         lr = merged(OPTIONS, options)["training"]["lr"]
         l0, ev = 120 / lam**0.9 * (1 + 40 * lr), 0.95 - 0.055 * lam**0.7 - 9 * lr
-        made = records(steps)
-        made[-1] |= {"evals/l0": l0, "evals/explained_variance": ev, "evals/ce_recovered": min(ev + 0.08, 0.99)}
+        last = {"evals/l0": l0, "evals/explained_variance": ev, "evals/ce_recovered": min(ev + 0.08, 0.99)}
+        made = [*trained[:-1], trained[-1] | last]
         write_home(folder / name, made[: steps // 3] if name in (diverged or {}) else made, options)
     write_record(folder, {name: name for name in points}, end, diverged=diverged)
     return folder

@@ -23,7 +23,7 @@ import saekit
 from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
 
-pytestmark = pytest.mark.usefixtures("way")
+both_ways = pytest.mark.usefixtures("way")  # the others take no step, or are not about it
 
 
 LEARNS = {
@@ -38,6 +38,7 @@ LEARNS = {
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
 @pytest.mark.parametrize("method", list(LEARNS))
+@both_ways
 def test_each_method_moves_its_parameters_and_no_other(
     tmp_path: Path, steps: list[Step], method: str, beta1: float, normalize: bool
 ) -> None:
@@ -70,6 +71,7 @@ def test_each_method_moves_its_parameters_and_no_other(
 
 
 @pytest.mark.parametrize("boundary", [256, 255, 257, 1])
+@both_ways
 def test_the_boundary(tmp_path: Path, steps: list[Step], boundary: int) -> None:
     """Fine-tuning begins with the first batch that has no row of training."""
     training = {**TUNING, "training_tokens": boundary, "finetuning_tokens": 900 - boundary}
@@ -78,6 +80,7 @@ def test_the_boundary(tmp_path: Path, steps: list[Step], boundary: int) -> None:
     assert learned == [256 * number < boundary for number in range(4)]
 
 
+@both_ways
 def test_the_factor_is_told_where_to_go(tmp_path: Path, steps: list[Step]) -> None:
     """Its first step is Adam's first, against the gradient of the reconstruction's error."""
     train(fake_run(tmp_path, sae={"l1_coefficient": 2.0}, training={**TUNING, "finetuning_method": "scale"}))
@@ -120,6 +123,7 @@ def explained(sae: SAE, x: Tensor) -> tuple[float, float, float]:
         )
 
 
+@both_ways
 def test_each_method_mends_what_the_penalty_shrank() -> None:
     """Feature suppression: with a large λ, reconstructions are too small; fine-tuning has no such pull."""
     batches, held_out = sparse_rows(50_000, 1).split(200), sparse_rows(4000, 2)
@@ -149,6 +153,7 @@ def test_each_method_mends_what_the_penalty_shrank() -> None:
 
 
 @pytest.mark.parametrize("method", list(LEARNS))
+@both_ways
 def test_the_factor_is_saved_in_the_decoder(tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("saekit.runs.trained.sae_of", lambda trainer, *_: trainer.raw_sae())  # as it is trained
     sae = {"apply_b_dec_to_input": False}
@@ -297,6 +302,7 @@ def test_the_plan_tells_of_fine_tuning(tmp_path: Path) -> None:
 # ---- in float64, to the last bit
 
 
+@both_ways
 def test_the_trainers_parts_alone() -> None:
     """In float64, to the last bit: what is frozen has the bits that training left, with momentum and ghosts."""
     for method, normalize in itertools.product(LEARNS, (True, False)):

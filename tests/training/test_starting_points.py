@@ -20,7 +20,7 @@ from saekit import SAE
 from saekit.errors import ConfigError, SAEFormatError
 from saekit.sae.build import build_module, initialize
 
-pytestmark = pytest.mark.usefixtures("way")
+both_ways = pytest.mark.usefixtures("way")  # the others take no step, or are not about it
 THEIRS = OLD | {"d_in": 8, "hook_point": "blocks.0.hook_resid_post"}
 """Another library's SAE for the site of :func:`fake_run`."""
 
@@ -68,6 +68,7 @@ def _with(sae: SAE, values: dict[str, Tensor]) -> SAE:
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+@both_ways
 def test_training_goes_on_from_a_saved_sae(tmp_path: Path, steps: list[Step], normalize: bool) -> None:
     start = saved_sae(tmp_path / "start", normalize_sae_decoder=normalize)
     result = train(
@@ -87,6 +88,7 @@ def test_training_goes_on_from_a_saved_sae(tmp_path: Path, steps: list[Step], no
     assert fresh.sae.d_sae == 40
 
 
+@both_ways
 def test_from_a_run_a_checkpoint_and_another_librarys_folder(tmp_path: Path, steps: list[Step]) -> None:
     first = train(fake_run(tmp_path / "runs", training={"training_tokens": 600}, checkpoints={"n_checkpoints": 1}))
     (checkpoint, *_) = sorted(first.folder.glob("checkpoints/*"))
@@ -101,6 +103,7 @@ def test_from_a_run_a_checkpoint_and_another_librarys_folder(tmp_path: Path, ste
 
 
 @pytest.mark.parametrize("normalize", [True, False])
+@both_ways
 def test_from_an_sae_of_scaled_activations(tmp_path: Path, steps: list[Step], normalize: bool) -> None:
     """The factor that was folded into it is taken out again, whatever this run's own data would say."""
     sections: dict[str, Any] = {
@@ -129,6 +132,7 @@ def test_from_an_sae_of_scaled_activations(tmp_path: Path, steps: list[Step], no
     first_step_is(steps[0], SAE.load(folder), 1.0)
 
 
+@both_ways
 def test_an_sae_of_raw_activations_on_scaled_ones(tmp_path: Path, steps: list[Step]) -> None:
     start = saved_sae(tmp_path / "start")
     sections: dict[str, Any] = {"activations": {"normalize_activations": "expected_average_only_in"}}
@@ -142,6 +146,7 @@ def test_an_sae_of_raw_activations_on_scaled_ones(tmp_path: Path, steps: list[St
 
 
 @pytest.mark.parametrize("method", [None, "scale"])
+@both_ways
 def test_a_factor_in_the_start(tmp_path: Path, steps: list[Step], method: str | None) -> None:
     """Without fine-tuning it becomes a part of the decoder; with it, it waits and learns on."""
     parts = {
@@ -171,6 +176,7 @@ def test_a_factor_in_the_start(tmp_path: Path, steps: list[Step], method: str | 
     assert torch.allclose(SAE.load(result.folder)(steps[0].x), result.sae(steps[0].x), rtol=1e-5, atol=1e-5)
 
 
+@both_ways
 def test_a_start_without_a_factor_is_fine_tuned_from_one(tmp_path: Path, steps: list[Step]) -> None:
     start = saved_sae(tmp_path / "start")
     train(start_run(tmp_path, tmp_path / "start", training={**TUNING, "finetuning_method": "scale"}))
@@ -262,6 +268,7 @@ def test_d_sae_may_be_said_again(tmp_path: Path) -> None:
     assert options["d_sae"] == 40
 
 
+@both_ways
 def test_many_starts_in_one_sweep(tmp_path: Path, steps: list[Step]) -> None:
     """Each SAE of a sweep has its own start."""
     starts = [saved_sae(tmp_path / str(seed), seed) for seed in (1, 2)]

@@ -27,9 +27,10 @@ from saekit.runs.trackers import Trackers
 from saekit.testing import FakeBackend, fake_plugin, isolated_manager
 from saekit.training.firing import FiringStatistics
 
-pytestmark = pytest.mark.usefixtures("way")
+both_ways = pytest.mark.usefixtures("way")  # the others are not about steps
 
 
+@both_ways
 def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
     result = saekit.train(run_config(tmp_path, checkpoints={"name": "first"}))
     assert result.folder == tmp_path / "first"
@@ -62,6 +63,7 @@ def test_a_run_leaves_everything_behind(tmp_path: Path) -> None:
         saekit.train(run_config(tmp_path, checkpoints={"name": "first"}))
 
 
+@both_ways
 def test_one_seed_one_result(tmp_path: Path) -> None:
     def run(seed: int, **sae: object) -> dict[str, str]:
         torch.manual_seed(int(time.time()))  # what others draw must not matter
@@ -73,6 +75,7 @@ def test_one_seed_one_result(tmp_path: Path) -> None:
     assert one["sae_weights.safetensors"] != other["sae_weights.safetensors"]
 
 
+@both_ways
 def test_evals_during_training_change_nothing(tmp_path: Path) -> None:
     plain = saekit.train(run_config(tmp_path))
     watched = saekit.train(run_config(tmp_path, evals={"every_n_steps": 2}))
@@ -80,6 +83,7 @@ def test_evals_during_training_change_nothing(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(watched.folder) if "evals/l0" in line] == [2, 4, 6, 8]
 
 
+@both_ways
 def test_models_and_datasets_in_memory(tmp_path: Path) -> None:
     documents = [{"text": f"def f{n}(x):\n    return x + {n}\n" * 20} for n in range(40)]
     config = run_config(tmp_path, site={"hook_name": "blocks.0.attn.hook_z"}, evals={"split": None})
@@ -128,6 +132,7 @@ def test_held_out_documents_are_not_trained_on(tmp_path: Path) -> None:
     assert all(set(tokens.unique().tolist()) == {0, 5} for tokens in training)
 
 
+@both_ways
 def test_normalized_training_does_not_see_the_size_of_activations(tmp_path: Path) -> None:
     """The same model with activations 50 times as large: the same features, and raw activations to use them on."""
 
@@ -155,6 +160,7 @@ def test_normalized_training_does_not_see_the_size_of_activations(tmp_path: Path
     assert torch.equal(loaded.W_dec, fifty.sae.W_dec)
 
 
+@both_ways
 def test_a_strangers_backend_trains_an_sae(tmp_path: Path) -> None:
     backend = FakeBackend()
     plugins = isolated_manager(fake_plugin("model_backends", build=lambda config, **services: backend), builtins=True)
@@ -219,6 +225,7 @@ def test_a_plain_text_file_with_the_defaults(tmp_path: Path) -> None:
     assert saekit.train(config).metrics["evals/l0"] > 0
 
 
+@both_ways
 def test_a_loss_that_explodes(tmp_path: Path) -> None:
     config = run_config(tmp_path, training={"lr": 1e30}, sae={"normalize_sae_decoder": False})
     message = r"is (nan|inf) at step \d+ \(learning rate 1e\+30, 256 activations of mean norm .*Lower training.lr"
@@ -243,6 +250,7 @@ def test_metrics_are_always_written_and_always_json(tmp_path: Path) -> None:
     assert len(lines(result.folder)) == 9, "training goes on, and is recorded"
 
 
+@both_ways
 def test_an_interrupt_in_code_saves_a_checkpoint(tmp_path: Path) -> None:
     """Ctrl-C in the middle of an eval waits for the step's end."""
 
@@ -293,6 +301,7 @@ def test_firing_statistics() -> None:
     assert firing.log_sparsity()[1].item() == pytest.approx(-10)
 
 
+@both_ways
 def test_without_lambda_and_without_a_terminal(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     result = saekit.train(run_config(tmp_path, sae={"l1_coefficient": 0}, training={"verbose": True}))
     assert result.metrics["details/current_l1_coefficient"] == 0

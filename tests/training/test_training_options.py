@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 import numpy as np
 import pytest
+import rich.console  # noqa: F401 - which draws numbers when it is imported, as the first run of a process does
 import torch
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.standard.module import StandardSAE

@@ -8,7 +8,7 @@ import numpy.typing as npt
 __all__ = ["RowOrder"]
 
 IntArray = npt.NDArray[np.int64]
-_ROUNDS = 6
+_ROUNDS, _LEAST_HALF = 6, 4
 _BLOCKS_MIXED, _ROWS_MIXED = 4096, 2**20  # at most
 
 
@@ -58,13 +58,16 @@ class RowOrder:
 
 def _permuted(positions: IntArray, n: int, seed: int) -> IntArray:
     """Where a seeded permutation of ``range(n)`` sends ``positions``."""
-    half = max((max(n - 1, 1).bit_length() + 1) // 2, 4)
+    half = max((max(n - 1, 1).bit_length() + 1) // 2, _LEAST_HALF)
     keys = np.random.default_rng(seed).integers(0, 2**64, size=_ROUNDS, dtype=np.uint64)
     found = positions.astype(np.uint64)
     outside = np.arange(len(found))
+    # A few rows fall outside again and again, so where all that they can be sent to is known at once, it is looked up.
+    known = _feistel(np.arange(1 << 2 * half, dtype=np.uint64), half, keys) if half == _LEAST_HALF else None
     while len(outside):
-        found[outside] = _feistel(found[outside], half, keys)
-        outside = outside[found[outside] >= n]
+        left = found[outside]
+        found[outside] = sent = _feistel(left, half, keys) if known is None else known[left]
+        outside = outside[sent >= n]
     return found.astype(np.int64)
 
 

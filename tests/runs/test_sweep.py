@@ -86,7 +86,7 @@ OTHER_SOURCES: dict[str, Changes] = {
 
 
 OF_STEPS = (
-    "plain", "penalty", "all heads", "schedule", "seed", "fine-tuning", "normalized", "median", "noise", "ghosts",
+    "plain", "penalty", "all heads", "seed", "schedule", "fine-tuning", "normalized", "median", "noise", "ghosts",
     "activation", "architecture and seed", "double", "autocast", "optimizer", "more evals",
 )  # fmt: skip
 """Those by which steps are others; how a step is made has no part in what is read, logged and measured."""

@@ -15,6 +15,8 @@ __all__ = ["stands_between", "warn"]
 _packages = {__name__.partition(".")[0]}
 """Those whose lines are none of a user's, wherever they are."""
 _LIBRARIES = ("site-packages", "dist-packages")
+_PYTHON = sysconfig.get_path("stdlib")
+"""Asked once: each answer is put together anew, and a warning asks for every function that it passes."""
 
 
 def warn(text: str, category: type[Warning] = UserWarning) -> None:
@@ -52,4 +54,4 @@ def _is_ours(frame: FrameType) -> bool:
 def _is_library(frame: FrameType) -> bool:
     """Whether its code is of Python itself or was installed; what a notebook or a prompt runs has no such file."""
     path = frame.f_code.co_filename
-    return path.startswith(sysconfig.get_path("stdlib")) or any(name in path for name in _LIBRARIES)
+    return path.startswith(_PYTHON) or any(name in path for name in _LIBRARIES)

@@ -133,6 +133,12 @@ def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture
+def short_rehearsals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans try batches for a moment: for tests that do not ask how long they take."""
+    monkeypatch.setattr("saekit.planning.rehearsal._SECONDS", 0.05)
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[int]:
     """Small tensors are no work for several, which would wait for each other.  Gives how many there were."""

@@ -156,15 +156,27 @@ def test_train_without_anything_says_what_to_type(tmp_path: Path) -> None:
 # ---- the TAB key
 
 
-def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
-    """What a shell is given to complete ``words``, which the cursor is behind."""
-    code = "import sys; sys.argv[0] = 'saekit'; from saekit.cli import main; main()"
-    environment = os.environ | {"_SAEKIT_COMPLETE": f"complete_{shell}", "_TYPER_COMPLETE_ARGS": f"saekit {words}",
-                                "_TYPER_COMPLETE_FISH_ACTION": "get-args"}  # fmt: skip
-    done = warm.python("-c", code, env=environment, cwd=cwd, watch=True)
-    if shell == "zsh":
-        return re.findall(r'^(?:_arguments \'\*: :\(\()?"(.*?)"', done.stdout.replace(r"\\:", ":"), re.M)
-    return [line.partition("\t")[0] for line in done.stdout.splitlines() if line]
+COMPLETE = """
+import os, sys
+from saekit.cli import main
+
+sys.argv[0] = "saekit"
+for shell in ("zsh", "fish"):
+    os.environ["_SAEKIT_COMPLETE"] = f"complete_{shell}"
+    try:
+        main()
+    except SystemExit:
+        print("\\0", end="")
+"""
+
+
+def completed(words: str, cwd: Path) -> tuple[list[str], list[str]]:
+    """What zsh and fish are given to complete ``words``, which the cursor is behind."""
+    environment = os.environ | {"_TYPER_COMPLETE_ARGS": f"saekit {words}", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    zsh, fish, rest = warm.python("-c", COMPLETE, env=environment, cwd=cwd, watch=True).stdout.split("\0")
+    assert not rest
+    quoted = re.findall(r'^(?:_arguments \'\*: :\(\()?"(.*?)"', zsh.replace(r"\\:", ":"), re.M)
+    return quoted, [line.partition("\t")[0] for line in fish.splitlines() if line]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +204,8 @@ def completed(words: str, cwd: Path, shell: str = "zsh") -> list[str]:
 def test_completion(tmp_path: Path, words: str, expected: list[str]) -> None:
     (tmp_path / "a.toml").write_text("lr_schedule = {name = 'cosine', end = 0.5}")
     (tmp_path / "bad.toml").write_text("nonsense = 1")
-    for shell in ("zsh", "fish"):
-        assert completed(words, tmp_path, shell)[: len(expected) or None] == expected
+    for offered in completed(words, tmp_path):
+        assert offered[: len(expected) or None] == expected
 
 
 def test_bash_completes_by_the_script_that_is_shown(tmp_path: Path) -> None:
@@ -223,8 +235,9 @@ def test_bash_completes_by_the_script_that_is_shown(tmp_path: Path) -> None:
         "sae.k_warm_up_steps=",
         "sae.k_aux=",
     ]
-    assert typed("saekit", "train", "sae.name", "=") == typed("saekit", "train", "sae", "=")
-    assert "topk" in typed("saekit", "train", "sae", "=")
+    architectures = typed("saekit", "train", "sae", "=")
+    assert typed("saekit", "train", "sae.name", "=") == architectures
+    assert "topk" in architectures
     assert typed("saekit", "train", "optimizer", "=", "s") == ["signum"]
 
 

@@ -25,8 +25,10 @@ from saekit.plugins.manager import PluginManager
 
 HEAVY = ("torch", "datasets", "transformers", "transformer_lens", "mamba_lens", "wandb", "matplotlib")
 RUN_ALL = """
-import contextlib, io, json, sys
+import contextlib, functools, io, json, sys, typer.main
 from saekit.cli import main
+
+typer.main.get_command = functools.cache(typer.main.get_command)  # which is the same for all of them
 
 def run(arguments):
     sys.argv = ["saekit", *arguments]

@@ -14,8 +14,9 @@ from support.command import cli
 from support.tiny import hooked_transformer, run_config
 
 import saekit
-from saekit.planning import rehearsal
 from saekit.runs.timing import bytes_text
+
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
 
 
 def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
@@ -146,9 +147,9 @@ def test_what_looks_wrong_but_runs(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_defaults_do_not_warn_of_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONWARNINGS", "ignore:the SAE at")  # is worse than the mean, after a few steps
-    monkeypatch.setattr(rehearsal, "_SECONDS", 0.5)  # for timing, of which nothing is said here
+    monkeypatch.setattr("saekit.planning.times._SECONDS", 0.05)  # of evals
     assert saekit.plan({}).warnings == []
-    run = cli("train", "training.training_tokens=40_000", "checkpoints.name=small", cwd=tmp_path)
+    run = cli("train", "training.training_tokens=16_384", "checkpoints.name=small", cwd=tmp_path)
     assert "warning" not in run.stderr.lower()
 
 

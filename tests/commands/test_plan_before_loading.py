@@ -20,6 +20,8 @@ from saekit.planning.memory import Memory, Need, Of, verdict
 from saekit.runs.working_memory import peak_bytes
 from saekit.testing import isolated_manager, plugin_of
 
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
+
 WIDTH, VOCABULARY, LAYERS = 8192, 100_000, 64
 
 

@@ -42,6 +42,7 @@ def test_sizes_are_those_of_one_process(tmp_path: Path, mesh: tuple[int, int]) -
     assert "processes" not in alone.facts
 
 
+@pytest.mark.usefixtures("short_rehearsals")
 def test_it_is_timed_by_one_of_them(tmp_path: Path) -> None:
     found = planned(tmp_path, load=True, data=2, features=2)
     assert found.problems == []

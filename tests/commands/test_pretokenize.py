@@ -66,18 +66,20 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
-@pytest.mark.parametrize("num_proc", [1, 2])
+POLICIES: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    ({}, {}),
+    ({"context_size": 130}, {"context_size": 130}),
+    ({"prepend_bos": False}, {"begin_batch": None}),
+    ({"prepend_bos": False, "begin_batch_token": 5}, {"begin_batch": 5}),
+    ({"sequence_separator_token": "none"}, {"separator": None}),
+    ({"sequence_separator_token": 9, "begin_sequence_token": "eos"}, {"separator": 9, "begin_sequence": 0}),
+]
+
+
 @pytest.mark.parametrize(
-    ("stated", "policy"),
-    [
-        ({}, {}),
-        ({"context_size": 130}, {"context_size": 130}),
-        ({"prepend_bos": False}, {"begin_batch": None}),
-        ({"prepend_bos": False, "begin_batch_token": 5}, {"begin_batch": 5}),
-        ({"sequence_separator_token": "none"}, {"separator": None}),
-        ({"sequence_separator_token": 9, "begin_sequence_token": "eos"}, {"separator": 9, "begin_sequence": 0}),
-    ],
-    ids=lambda value: " ".join(value) or "defaults",
+    ("stated", "policy", "num_proc"),
+    [(*one, 1) for one in POLICIES] + [(*one, 2) for one in POLICIES[::5]],  # processes tokenize, and pack nothing
+    ids=lambda value: None if isinstance(value, int) else " ".join(value) or "defaults",
 )
 def test_contexts_are_those_of_training(tmp_path: Path, stated: dict, policy: dict, num_proc: int) -> None:
     whole = packed(**policy)

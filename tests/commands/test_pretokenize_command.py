@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,10 +38,14 @@ def text(tmp_path: Path) -> Path:
 
 
 def cli(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    if env is not None:  # the Hub's, which are read while its library is imported
-        command = [sys.executable, "-m", "saekit.cli", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env)
+    if env is not None:
+        return with_hub("-m", "saekit.cli", *arguments, cwd=cwd, env=env)
     return warm.python("-m", "saekit.cli", *arguments, cwd=cwd)
+
+
+def with_hub(*arguments: object, cwd: Path, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    """Python with the variables of a Hub, which are read while its library is imported."""
+    return warm.python(*arguments, cwd=cwd, env=env, imports=warm.NOT_OF_THE_HUB)
 
 
 @pytest.mark.slow
@@ -127,12 +130,9 @@ json.dump(found, open("result.json", "w"))
 @pytest.mark.slow
 def test_the_hub_from_push_to_training(hub: FakeHub, tmp_path: Path, text: Path) -> None:
     push = TO_PUSH | {"dataset": {"path": str(text), "context_size": 20, "begin_sequence_token": 7}}
-    train = run_config(tmp_path / "runs", training={"training_tokens": 600}, evals={"split": None})
+    train = run_config(tmp_path / "runs", training={"training_tokens": 256}, evals={"split": None})
     (tmp_path / "configs.json").write_text(json.dumps([push, train]))
-    done = subprocess.run(
-        [sys.executable, "-c", PUSH_AND_TRAIN], env=hub.environment(tmp_path / "home"), cwd=tmp_path,
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = with_hub("-c", PUSH_AND_TRAIN, cwd=tmp_path, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     pushed, pushed_other, *trained, main, other = json.loads((tmp_path / "result.json").read_text())
     assert pushed_other > pushed > 100
@@ -195,8 +195,7 @@ def test_metadata_on_the_hub(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.M
         return revision(self, kind, name, branch)
 
     monkeypatch.setattr(FakeHub, "revision", answer)
-    environment = hub.environment(tmp_path / "home")
-    done = subprocess.run([sys.executable, "-c", LOOK], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    done = with_hub("-c", LOOK, cwd=tmp_path, env=hub.environment(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     *sizes, down = json.loads((tmp_path / "x.json").read_text())
     assert sizes == [128, 77, 99, 128], "of text, the default; whether there is a repository, opening it says"

@@ -43,10 +43,14 @@ def gate() -> Iterator[threading.Event]:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with two checkpoints, and the same without a break."""
+    """A run with two checkpoints, and the same without a break: three steps of training after the first of them.
+
+    Two of them are of fine-tuning.
+    """
     folder = tmp_path_factory.mktemp("made")
-    train(fake_config(folder, checkpoints={"name": "whole"}))
-    stopped(fake_config(folder), 3)
+    steps = {"training_tokens": 1000, "finetuning_tokens": 500}
+    train(fake_config(folder, checkpoints={"name": "whole"}, training=steps))
+    stopped(fake_config(folder, training=steps), 3)
     with pressing(2), pytest.raises(TrainingInterrupted):
         resume(folder / "run")
     return folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -56,8 +56,11 @@ LEAST = {
     "sparsify": 0.8, "crosscoder": 0.5, "batchtopk_crosscoder": 0.5,
 }  # fmt: skip
 """The explained variance at the end, at least."""
-LONGER = {"matryoshka": 60_000, "jumprelu": 100_000}
-"""Those that need more than 30,000 tokens for it."""
+OF_THEIR_OWN: dict[str, tuple[int, dict[str, Any]]] = {
+    "matryoshka": (30_000, {}),
+    "jumprelu": (24_000, {"initial_threshold": 0.02, "l0_coefficient": 0.1}),
+}
+"""Those that need more than 16,000 tokens for it, and options by which they need no more than this."""
 NOT_IN_SAE_LENS = ("topk", "sparsify", "crosscoder", "batchtopk_crosscoder")
 
 
@@ -72,18 +75,34 @@ def config(folder: Path, kind: str, name: str, tokens: int = 2048) -> dict[str, 
     return base | own
 
 
+@pytest.fixture(scope="module")
+def beside(tmp_path_factory: pytest.TempPathFactory) -> saekit.SweepResult:
+    """All of them on one stream, and each beside a narrower one of its kind."""
+    folder = tmp_path_factory.mktemp("beside")
+    configs = [config(folder, kind, kind) for kind in KINDS]
+    narrow = [config(folder, kind, f"{kind}-narrow") for kind in KINDS]
+    for one in narrow:
+        one["sae"]["d_sae"] = 64
+    return cast(saekit.SweepResult, saekit.train(configs + narrow))
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> saekit.SweepResult:
+    """All of them for half the steps, and then for the other half."""
+    folder = tmp_path_factory.mktemp("stopped")
+    half = saekit.train([config(folder, kind, kind, tokens=1024) for kind in KINDS])
+    change = "training.training_tokens"
+    return cast(saekit.SweepResult, saekit.resume(half.folder, overrides=[f"{change}=2048"], allow=[change]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_that_is_stopped_and_one_beside_others_end_with_the_same_bytes(tmp_path: Path, kind: str) -> None:
+def test_one_that_is_stopped_and_one_beside_others_end_with_the_same_bytes(
+    tmp_path: Path, beside: saekit.SweepResult, stopped: saekit.SweepResult, kind: str
+) -> None:
     whole = saekit.train(config(tmp_path, kind, "whole"))
-    saekit.train(config(tmp_path, kind, "parts", tokens=1024))
-    change = "training.training_tokens"
-    parts = saekit.resume(tmp_path / "parts", overrides=[f"{change}=2048"], allow=[change])
-    assert hashes(parts.folder) == hashes(whole.folder)
-    other = config(tmp_path, kind, "other")
-    other["sae"]["d_sae"] = 64
-    sweep = saekit.train([config(tmp_path, kind, "same"), other])
-    assert hashes(sweep.results["same"].folder) == hashes(whole.folder)
+    assert hashes(stopped.results[kind].folder) == hashes(whole.folder)
+    assert hashes(beside.results[kind].folder) == hashes(whole.folder)
     assert 0 < whole.metrics["metrics/l0"] < 96
     loaded = saekit.SAE.load(whole.folder / "sae")
     read = 256 if kind.endswith("crosscoder") else 128
@@ -92,12 +111,25 @@ def test_one_that_is_stopped_and_one_beside_others_end_with_the_same_bytes(tmp_p
     assert loaded(x).shape == (20, 512 if "targets" in KINDS[kind] else read)
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> saekit.SweepResult:
+    """Longer runs, on one stream."""
+    folder, configs = tmp_path_factory.mktemp("learned"), []
+    for kind in LEAST:
+        tokens, own = OF_THEIR_OWN.get(kind, (16_000, {}))
+        longer = config(folder, kind, kind, tokens=tokens)
+        longer["sae"] |= {"d_sae": 256} | own
+        longer["training"] |= {"lr": 1e-2 if kind == "jumprelu" else 5e-3, "log_frequency": 100}
+        configs.append(longer)
+    return cast(saekit.SweepResult, saekit.train(configs))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "least"), LEAST.items())
-def test_what_a_run_learns_and_sae_lens_6_makes_of_it(tmp_path: Path, kind: str, least: float) -> None:
-    longer = config(tmp_path, kind, "longer", tokens=LONGER.get(kind, 30_000))
-    longer["sae"] |= {"d_sae": 256}
-    result = saekit.train(longer)
+def test_what_a_run_learns_and_sae_lens_6_makes_of_it(
+    tmp_path: Path, learned: saekit.SweepResult, kind: str, least: float
+) -> None:
+    result = learned.results[kind]
     assert result.metrics["metrics/explained_variance"] > least
     assert result.metrics["metrics/l0"] < 128
     if kind in NOT_IN_SAE_LENS:

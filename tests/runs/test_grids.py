@@ -10,7 +10,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.schedules.cosine import CosineConfig
@@ -30,6 +30,7 @@ def test_the_last_axis_of_a_grid_changes_fastest() -> None:
     assert saekit.grid({}, {}) == [saekit.load_config({})]
 
 
+@settings(max_examples=30)
 @given(
     widths=st.lists(st.integers(1, 1000), min_size=1, max_size=4),
     rates=st.lists(st.floats(1e-9, 1.0, exclude_min=True), min_size=1, max_size=3),

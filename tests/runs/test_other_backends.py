@@ -15,6 +15,8 @@ from support.tiny import needs_transformer_lens_3, run_config
 import saekit
 from saekit.planning import other_backends
 
+pytestmark = pytest.mark.usefixtures("one_thread", "short_rehearsals")
+
 TABLE: dict[str, Any] = {"name": "HookedTransformer", "from_pretrained_kwargs": dict.fromkeys(
     ("fold_ln", "center_writing_weights", "center_unembed", "fold_value_biases"), False)}  # fmt: skip
 
@@ -29,7 +31,6 @@ def told(folder: Path, name: object, backend: Any, hook: str, **given: Any) -> s
     return plan.facts.get("other backends")
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_the_other_backend_is_timed(tmp_path: Path) -> None:
     """A bridge, which is never the quickest, is not loaded to see."""
     needs_transformer_lens_3()  # with 4, HookedTransformer is a bridge
@@ -46,7 +47,6 @@ def test_the_other_backend_is_timed(tmp_path: Path) -> None:
     assert re.fullmatch(rf"HookedTransformer {speed} \(hooks blocks\.1\.hook_mlp_out; {size}\){lines}", str(text))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_that_activations_differ_is_said(tmp_path: Path) -> None:
     """transformer_lens takes the mean out of what a GPT-2 adds to the residual stream."""
     needs_transformer_lens_3()
@@ -56,7 +56,6 @@ def test_that_activations_differ_is_said(tmp_path: Path) -> None:
     assert str(text).endswith(advice) == ("faster here" in str(text))
 
 
-@pytest.mark.usefixtures("one_thread")
 def test_what_cannot_be_compared_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = causal_lm_folder("gpt2")
     passed = causal_lm("gpt2")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
+from support.no_time import Clock, Forwards, Trainer
 
 import saekit
 from saekit.abilities import SourceForwards
@@ -28,20 +28,9 @@ from saekit.planning.mesh import planned_world
 from saekit.planning.rehearsal import Deadline, FirstRows, rehearsed
 from saekit.planning.stepped import Rehearsed, Stepped
 from saekit.tokens import TokenChoice
-from saekit.training.firing import FiringStatistics
-from saekit.values import Batch, Ports
+from saekit.values import Ports
 
-SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
 PLUGINS = saekit.default_manager()
-
-
-class Clock:
-    """Time that only passes where something takes it."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
 
 
 @pytest.fixture
@@ -49,50 +38,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(rehearsal, "time", made)
     return made
-
-
-class Trainer:
-    """Takes so many seconds for a step, and three more for the first."""
-
-    device, diverged, world = "cpu", None, ALONE
-
-    def __init__(self, clock: Clock, name: str, seconds: float, steps: int = 100, batch: int = 8) -> None:
-        self.clock, self.name, self.seconds, self.step, self.tokens = clock, name, seconds, 0, 0
-        self.training = SimpleNamespace(
-            train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=1000
-        )
-        self.firing = FiringStatistics(4, dead_after=1000, window=1000, device="cpu")
-        self.seen: list[int] = []
-
-    @property
-    def finished(self) -> bool:
-        return self.tokens >= self.training.total_tokens or self.diverged is not None
-
-    def rows_of(self, batch: Batch) -> tuple[torch.Tensor, None]:
-        return batch.activations[SITE], None
-
-    def train_on(self, rows: torch.Tensor, target: None, batch: Batch) -> dict[str, Any]:
-        self.clock.now += self.seconds + 3 * (self.step == 0)
-        self.step, self.tokens = self.step + 1, self.tokens + len(rows)
-        self.seen.append(int(rows[0, 0]))
-        return {"metrics/l0": float(self.seconds)}
-
-
-class Forwards:
-    """Four rows in two seconds, each forward with rows of its own number."""
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock, self.made = clock, 0
-
-    def __next__(self) -> Batch:
-        self.made, self.clock.now = self.made + 1, self.clock.now + 2
-        rows = torch.full((4, 3), float(self.made))
-        return Batch({SITE: rows}, *(torch.zeros(4, dtype=torch.long) for _ in range(3)))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def tried(clock: Clock, first: Any, *others: Any, looks: list[Any] | None = None, **given: Any) -> Rehearsed:
@@ -109,7 +54,7 @@ def tried(clock: Clock, first: Any, *others: Any, looks: list[Any] | None = None
 
 
 def test_each_steps_in_turn_on_the_same_batches(clock: Clock) -> None:
-    one, two, three = (Trainer(clock, name, seconds) for name, seconds in (("a", 1), ("b", 2), ("c", 0.5)))
+    one, two, three = (Trainer(clock, seconds, name=name) for name, seconds in (("a", 1), ("b", 2), ("c", 0.5)))
     looks: list[Any] = []
     found = tried(clock, one, two, three, looks=looks, deadline=Deadline(1000))
     assert one.seen == two.seen == three.seen
@@ -123,7 +68,7 @@ def test_each_steps_in_turn_on_the_same_batches(clock: Clock) -> None:
 
 
 def test_one_that_ends_earlier_leaves_the_others(clock: Clock) -> None:
-    short, long = Trainer(clock, "short", 0.25, steps=2), Trainer(clock, "long", 0.5)
+    short, long = Trainer(clock, 0.25, name="short", steps=2), Trainer(clock, 0.5, name="long")
     found = tried(clock, short, long, deadline=Deadline(1000), share=10)
     assert (found.steps, found.beside[0].steps) == (2, len(long.seen))
     assert len(long.seen) > 2
@@ -131,7 +76,7 @@ def test_one_that_ends_earlier_leaves_the_others(clock: Clock) -> None:
 
 
 def test_no_first_step_is_begun_when_the_time_is_over(clock: Clock) -> None:
-    one, two = Trainer(clock, "a", 30), Trainer(clock, "b", 30)
+    one, two = Trainer(clock, 30, name="a"), Trainer(clock, 30, name="b")
     found = tried(clock, one, two)
     assert (found.steps, found.beside[0].steps) == (1, 0)
 
@@ -140,11 +85,11 @@ def test_of_several_it_is_said_which_diverged(clock: Clock) -> None:
     def diverging(*given: Any) -> Any:
         raise DivergedError("the loss is nan")
 
-    one, two = Trainer(clock, "a", 1), Trainer(clock, "b", 1)
+    one, two = Trainer(clock, 1, name="a"), Trainer(clock, 1, name="b")
     two.train_on = diverging  # type: ignore[method-assign]
     found = tried(clock, one, two, deadline=Deadline(1000))
     assert (found.steps, found.step, found.beside[0].steps) == (one.step, 1, 0), "the other goes on"
-    one, two = Trainer(clock, "a", 1), Trainer(clock, "b", 1)
+    one, two = Trainer(clock, 1, name="a"), Trainer(clock, 1, name="b")
     one.train_on = two.train_on = diverging  # type: ignore[method-assign]
     with pytest.raises(DivergedError, match="^a: the loss is nan; b: the loss is nan$"):
         tried(clock, one, two)
@@ -152,7 +97,7 @@ def test_of_several_it_is_said_which_diverged(clock: Clock) -> None:
 
 def test_no_round_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
     """Three steps of 2 s each on a batch whose rows take 4 s: of 40 s, there is time for so many rounds."""
-    three = [Trainer(clock, name, 2) for name in "abc"]
+    three = [Trainer(clock, 2, name=name) for name in "abc"]
     found = tried(clock, *three, deadline=Deadline(40), share=100)
     # 2 s for the first rows, 4 more for a batch, 3 first steps of 5 s, then 4 + 6 s a round, until 6 s are not left.
     assert [found.steps, *(one.steps for one in found.beside)] == [3, 3, 3]
@@ -160,7 +105,7 @@ def test_no_round_is_begun_that_would_not_end_in_time(clock: Clock) -> None:
 
 
 def test_a_round_is_left_when_the_time_is_over(clock: Clock) -> None:
-    one, two, three = Trainer(clock, "a", 1), Trainer(clock, "b", 1), Trainer(clock, "c", 1)
+    one, two, three = Trainer(clock, 1, name="a"), Trainer(clock, 1, name="b"), Trainer(clock, 1, name="c")
     slow = two.train_on
 
     def slower(*given: Any) -> Any:

@@ -25,7 +25,7 @@ from saekit.runs import run
 from saekit.runs.keeping import Keeping
 from saekit.runs.session import Session
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "short_rehearsals")
 
 BLOCK_1 = {"site": {"hook_name": "blocks.1.hook_resid_post"}}
 TOPK = {"sae": {"name": "topk", "d_sae": 24, "k": 3}}

@@ -31,6 +31,8 @@ from saekit.runs.staging import Staging
 from saekit.runs.working_memory import resident, resident_peak
 from saekit.training.trainer import SAETrainer
 
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
+
 
 @pytest.mark.parametrize("refill", ["full", "needed"])
 def test_forwards_are_as_many_as_a_source_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refill: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping
+from functools import cache
 
 import pytest
 from support.outlines import CONFIGS, put_in_cache
@@ -25,6 +26,7 @@ def _cache() -> None:
         put_in_cache(name, config)
 
 
+@cache
 def planned(name: str) -> Plan:
     """Without any weights."""
     config = saekit.recipe(name, CPU if name == "laptop" else GPU)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.no_time import SITE, Clock, Forwards, Trainer
 
 import saekit
 from saekit.abilities import SourceForwards
@@ -32,68 +33,12 @@ from saekit.training.firing import FiringStatistics
 from saekit.training.trainer import SAETrainer
 from saekit.values import Batch, Histogram
 
-SITE = saekit.Site(hook_name="blocks.0.hook_resid_post")
-
-
-class Clock:
-    """Time that only passes where something takes it."""
-
-    now = 0.0
-
-    def perf_counter(self) -> float:
-        return self.now
-
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
     monkeypatch.setattr(rehearsal, "time", made)
     return made
-
-
-class Trainer:
-    """Takes so many seconds for a step, and three more for the first."""
-
-    device, diverged, world = "cpu", None, ALONE
-
-    def __init__(self, clock: Clock, steps: int, seconds: float = 5.0, batch: int = 8) -> None:
-        self.clock, self.seconds, self.step, self.tokens = clock, seconds, 0, 0
-        self.training = SimpleNamespace(
-            train_batch_size_tokens=batch, total_tokens=batch * steps, steps=steps, dead_after=2
-        )
-        self.firing = FiringStatistics(4, dead_after=2, window=1000, device="cpu")
-        self.sizes: list[int] = []
-
-    @property
-    def finished(self) -> bool:
-        return self.tokens >= self.training.total_tokens or self.diverged is not None
-
-    def rows_of(self, batch: Batch) -> tuple[torch.Tensor, None]:
-        return batch.activations[SITE], None
-
-    def train_on(self, rows: torch.Tensor, target: None, batch: Batch) -> dict[str, Any]:
-        self.clock.now += self.seconds + 3 * (self.step == 0)
-        self.step, self.tokens = self.step + 1, self.tokens + len(rows)
-        self.sizes.append(len(rows))
-        return {"metrics/l0": 1.0} if self.step == 1 else {}
-
-
-class Forwards:
-    """Four rows in two seconds, so many times."""
-
-    def __init__(self, clock: Clock, left: int = 1000) -> None:
-        self.clock, self.left = clock, left
-
-    def __next__(self) -> Batch:
-        if not self.left:
-            raise StopIteration
-        self.left, self.clock.now = self.left - 1, self.clock.now + 2
-        return Batch({SITE: torch.ones(4, 3)}, *(torch.zeros(4, dtype=torch.long) for _ in range(3)))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Any) -> None: ...
 
 
 def turns(clock: Clock, trainer: Any, rows: Any, *, forward: int = 4, **given: Any) -> Rehearsed:
@@ -104,12 +49,12 @@ def turns(clock: Clock, trainer: Any, rows: Any, *, forward: int = 4, **given: A
 
 def test_the_first_of_each_is_cold(clock: Clock) -> None:
     seen: list[Any] = []
-    trainer: Any = Trainer(clock, steps=100)
+    trainer: Any = Trainer(clock, dead_after=2, steps=100)
     found = turns(clock, trainer, Forwards(clock), look=seen.append)
     assert (found.per_row, found.step) == (0.5, 5), "of each row, and of a step between two forwards for each"
     assert found.cold == (3.0 - 0.5) * 4 + 3
     assert found.held == (8 + 4) * (3 * 4 + 3 * 8)
-    assert seen == [{"metrics/l0": 1.0, "details/distinct_documents": 1}], "as the loop hands them on"
+    assert seen == [{"metrics/l0": 5.0, "details/distinct_documents": 1}], "as the loop hands them on"
     assert trainer.sizes == [8, 8], "no more, since the time was over"
     assert (found.forwards, found.steps) == (5, 2), "of a third batch one, and then all of the time was over"
 
@@ -121,22 +66,22 @@ def test_steps_with_dead_features_are_timed_apart(clock: Clock) -> None:
             self.firing.since_fired[1] += 1  # the others have fired
             return super().train_on(*given)
 
-    trainer: Any = Teaching(clock, steps=100)
+    trainer: Any = Teaching(clock, steps=100, dead_after=2)
     found = turns(clock, trainer, Forwards(clock), deadline=Deadline(100))
     assert (found.step, found.late) == (5, 15)
     assert found.mean_step(10, 2) == (2 * 5 + 8 * 15) / 10
-    short: Any = Teaching(clock, steps=2)
+    short: Any = Teaching(clock, steps=2, dead_after=2)
     assert turns(clock, short, Forwards(clock)).late == 5, "nothing dies in it"
 
 
 def test_a_run_that_is_short_is_tried_as_far_as_it_goes(clock: Clock) -> None:
-    trainer: Any = Trainer(clock, steps=1)
+    trainer: Any = Trainer(clock, dead_after=2, steps=1)
     found = turns(clock, trainer, Forwards(clock), ahead=True, alone=0.25)
     assert (found.step, found.cold, found.shared) == (8, 10, 0.25), "of one step, nothing can be said to be cold"
 
 
 def test_text_that_ends_makes_one_batch(clock: Clock) -> None:
-    trainer: Any = Trainer(clock, steps=5)
+    trainer: Any = Trainer(clock, dead_after=2, steps=5)
     found = turns(clock, trainer, Forwards(clock, left=1))
     assert trainer.sizes == [8], "the rows that there are, twice"
     assert (found.per_row, found.step) == (3.0, 8), "those of the first forward"
@@ -144,7 +89,7 @@ def test_text_that_ends_makes_one_batch(clock: Clock) -> None:
 
 def test_time_that_is_over_ends_all_of_it(clock: Clock) -> None:
     """Forwards of 2 s, of which a batch takes 16: the rows at hand are trained on again, and nothing else is begun."""
-    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    trainer: Any = Trainer(clock, dead_after=2, steps=100, seconds=1.0, batch=64)
     found = turns(clock, trainer, Forwards(clock), ahead=True, alone=0.25)
     assert trainer.sizes == [64], "its first step took 4 s, and another would take as long for all that is known"
     assert clock.now <= 20 + 2 + 4 + 2
@@ -153,14 +98,14 @@ def test_time_that_is_over_ends_all_of_it(clock: Clock) -> None:
 
 def test_a_short_step_is_made_twice_all_the_same(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rehearsal, "_SPARE", 5.0)
-    trainer: Any = Trainer(clock, steps=100, seconds=1.0, batch=64)
+    trainer: Any = Trainer(clock, dead_after=2, steps=100, seconds=1.0, batch=64)
     found = turns(clock, trainer, Forwards(clock))
     assert trainer.sizes == [64, 64]
     assert (found.step, found.forwards) == (1, 11), "and no forward for it"
 
 
 def test_what_would_not_end_in_time_is_not_begun(clock: Clock) -> None:
-    trainer: Any = Trainer(clock, steps=100, seconds=3.0)
+    trainer: Any = Trainer(clock, dead_after=2, steps=100, seconds=3.0)
     trainer.firing.since_fired += 5
     assert turns(clock, trainer, Forwards(clock), deadline=Deadline(29)).steps == 2, "two batches would take 14 s"
     assert turns(clock, trainer, Forwards(clock), deadline=Deadline(60)).steps > 4
@@ -263,14 +208,14 @@ def test_dead_features_are_seen_on_other_devices(there: bool, monkeypatch: pytes
 
 
 def test_what_is_read_are_batches(clock: Clock) -> None:
-    trainer: Any = Trainer(clock, steps=5, batch=4)
+    trainer: Any = Trainer(clock, dead_after=2, steps=5, batch=4)
     found = turns(clock, trainer, Forwards(clock), forward=0)
     assert (found.per_row, found.held) == (0.5, 0)
     assert trainer.sizes == [4, 4]
 
 
 def test_a_step_that_diverges_says_so(clock: Clock) -> None:
-    trainer: Any = Trainer(clock, steps=5)
+    trainer: Any = Trainer(clock, dead_after=2, steps=5)
 
     def diverging(*given: Any) -> Any:
         raise DivergedError("the loss is nan")

@@ -54,6 +54,10 @@ MOMENTS = {
 }
 
 
+MATTERING = {"live, ahead": [*MOMENTS], "cached, ahead": [*MOMENTS][::2], "live": [*MOMENTS][1::3]}
+"""The moments that a run on a source is stopped at: the state of an SAE does not depend on the source."""
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Any]:
     """The run that was never stopped, once for each source."""
@@ -70,8 +74,10 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Call
     return of
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
-@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize(
+    ("source", "moment"),
+    [(source, moment) for source in SOURCES for moment in MATTERING.get(source, [*MOMENTS][::4])],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(
     tmp_path: Path, uninterrupted: Callable[[str], Any], cache: Path, source: str, moment: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -93,12 +99,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     ("batch", "half"),
     [
         (1, "first"),
-        (2, "second"),
-        (5, "first"),
         (8, "second"),
-        (13, "first"),
-        (17, "second"),
-        (21, "first"),
+        (17, "first"),
         (22, "second"),
     ],
 )
@@ -144,7 +146,7 @@ def test_resumed_again_and_again(tmp_path: Path, uninterrupted: Callable[[str], 
     assert without(contents(tmp_path / "runs/run"), "checkpoints/step-9/") == contents(whole.folder)
 
 
-@pytest.mark.parametrize("operation", range(1, 13, 2))
+@pytest.mark.parametrize("operation", [1, 5, 9, 11])
 def test_interrupted_during_a_checkpoint(
     tmp_path: Path, uninterrupted: Callable[[str], Any], operation: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

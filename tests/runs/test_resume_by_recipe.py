@@ -174,6 +174,7 @@ def test_a_source_that_cannot_is_refused_before_anything_runs(tmp_path: Path, ca
     train(fake_config(tmp_path, on_cache("cached", cache), checkpoints=RECIPE))  # no rows are in its states anyway
 
 
+@pytest.mark.usefixtures("short_rehearsals")
 def test_the_plan_tells_both(tmp_path: Path) -> None:
     found = {
         buffer: saekit.plan(

@@ -133,8 +133,8 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     sections = {section: dict(options) for section, options in EVERYTHING.items()}
     config = run_config(Path("runs"), **sections, checkpoints={"name": "run"})
     Path("run.toml").write_text(saekit.dump_config(saekit.load_config(config)))
-    assert command(monkeypatch, "run.toml", "checkpoints.name=whole", "training.training_tokens=20000") == 0
-    process = warm.Popen("-m", "saekit.cli", "train", "run.toml", "training.training_tokens=20000")
+    assert command(monkeypatch, "run.toml", "checkpoints.name=whole", "training.training_tokens=12000") == 0
+    process = warm.Popen("-m", "saekit.cli", "train", "run.toml", "training.training_tokens=12000")
     metrics, deadline = Path("runs/run/metrics.jsonl"), time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         if metrics.exists() and metrics.read_text().count("\n") >= 5:
@@ -168,9 +168,9 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
     assert without(contents(Path("runs/run")), *same) == without(contents(Path("runs/whole")), *same)
     assert command(monkeypatch, "--resume", "runs/run") == 2
     assert "error: the run in runs/run is finished. To train it longer," in capsys.readouterr().err
-    longer = ("training.training_tokens=20500", "--allow", "training.training_tokens")
+    longer = ("training.training_tokens=12500", "--allow", "training.training_tokens")
     assert command(monkeypatch, "--resume", "runs/run", *longer) == 0
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert lines[-1]["step"] == 83
+    assert lines[-1]["step"] == 52
     told = [(line["step"], "losses/mse_loss" in line) for line in lines]
     assert len(set(told)) == len(told), "no line twice"

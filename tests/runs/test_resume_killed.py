@@ -56,11 +56,7 @@ def setup(name: str, cache: str) -> Any:
     }[name]
     if name.startswith("cached"):
         source = source | {"folder": cache}
-    sections = {
-        "checkpoints": {"name": "run"} | checkpoints,
-        "training": {"train_batch_size_tokens": 256 if "sweep" in name else 128},
-    }
-    config = fake_config(Path("runs"), source, **sections)
+    config = fake_config(Path("runs"), source, checkpoints={"name": "run"} | checkpoints)
     if name.startswith("unnamed"):
         del config["checkpoints"]["name"]
     if "sweep" not in name:
@@ -257,18 +253,21 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(tmp_path: Path, server:
 
 @pytest.mark.slow
 def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
-    """As a user runs it: the embedded model, its text, every step saved; killed three times."""
+    """As a user runs it: the embedded model, its text, every step saved; killed twice.
+
+    The second time it is a process with a seed of hashes of its own, so that each begins with another than the one
+    before.
+    """
     sections = EVERYTHING | {
         "checkpoints": {"name": "run"} | ALWAYS,
-        "training": EVERYTHING["training"] | {"training_tokens": 5000},
+        "training": EVERYTHING["training"] | {"training_tokens": 3000},
     }
     text = saekit.dump_config(saekit.load_config(run_config(Path("runs"), **sections)))
     for folder in ("whole", "killed"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "run.toml").write_text(text)
 
-    def start(folder: str, *command: str, cold: bool = True) -> subprocess.Popen[str] | warm.Popen:
-        """A cold one has a seed of hashes of its own, so that each begins with another than the one before."""
+    def start(folder: str, *command: str, cold: bool = False) -> subprocess.Popen[str] | warm.Popen:
         if not cold:
             return warm.Popen("-m", "saekit.cli", "train", *command, cwd=tmp_path / folder, env=os.environ | SERVER)
         return subprocess.Popen(
@@ -276,11 +275,11 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
             env=os.environ | SERVER, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    whole, chance, at = start("whole", "run.toml", cold=False), random.Random(7), list[int]()
+    whole, chance, at = start("whole", "run.toml"), random.Random(7), list[int]()
     command, run = ["run.toml"], tmp_path / "killed/runs/run"
-    for kill in range(3):
+    for kill in range(2):
         process = start("killed", *command, cold=kill == 1)
-        deadline, goal = time.monotonic() + 60, 7 * kill + chance.randint(1, 6)
+        deadline, goal = time.monotonic() + 60, 7 * kill + chance.randint(1, 4)
         while time.monotonic() < deadline and process.poll() is None and newest(run) < goal:
             time.sleep(0.002)
         time.sleep(chance.random() * 0.03)
@@ -289,7 +288,7 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
         assert process.returncode == -signal.SIGKILL, err
         at.append(newest(run))
         command = ["--resume", "runs/run"]
-    assert at[0] < at[1] < at[2]
+    assert at[0] < at[1]
     last = start("killed", *command)
     for process in (whole, last):
         out, err = process.communicate(timeout=120)
@@ -297,7 +296,7 @@ def test_the_command_that_is_killed_and_resumed(tmp_path: Path) -> None:
         assert "run folder: runs/run" in out
         assert not err, err
     assert contents(run) == contents(tmp_path / "whole/runs/run")
-    print(f"\nthe command: 1 run killed 3 times, identical; the newest checkpoints then: {at}")
+    print(f"\nthe command: 1 run killed twice, identical; the newest checkpoints then: {at}")
 
 
 if __name__ == "__main__":

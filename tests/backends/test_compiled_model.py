@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, use
+from support.compiled import HOOKS, TOKENS, Counted, backend, close, halved, real_compiler, use
 from support.tiny import hooked_mamba, hooked_transformer, needs_transformer_lens_3, run_config
 from torch import Tensor
 
@@ -65,7 +65,15 @@ def test_where_nothing_is_compiled_that_is_said(counted: Counted) -> None:
     assert counted.runs == 4
 
 
+@pytest.fixture
+def real() -> Iterator[None]:
+    with real_compiler():
+        yield
+
+
+@pytest.mark.usefixtures("real")
 def test_with_the_real_compiler() -> None:
+    torch._dynamo.utils.counters.clear()
     model = hooked_transformer()
     plain, compiled = backend(model, compile=False), backend(model)
     for hooks in ({"blocks.1.hook_resid_pre"}, {"blocks.0.hook_resid_post", "blocks.1.attn.hook_z"}):
@@ -77,6 +85,8 @@ def test_with_the_real_compiler() -> None:
         plain.run(TOKENS, replace=replacements, want="loss").loss,
     )
     assert torch._dynamo.utils.counters["inductor"], "inductor has worked"
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 4, "blocks, a normalization, an MLP, the unembedding"
 
 
 def test_autocast_is_in_effect_in_compiled_code(counted: Counted) -> None:

@@ -249,7 +249,7 @@ def test_copies_of_the_decoder_are_in_what_is_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(estimate, "PART_ENTRIES", 1 << 8)
     monkeypatch.setattr(estimate, "UNIT_TOKENS", 1 << 6)
     monkeypatch.setattr(estimate, "_MERGING", 0)
-    wide = saekit.SAE.from_dict({"name": "topk", "k": 2, "d_sae": 1 << 14, "d_in": 64})
+    wide = saekit.SAE.from_dict({"name": "topk", "k": 2, "d_sae": 1 << 12, "d_in": 64})
     one: Any = SimpleNamespace(sae=wide, features=np.array([1, 2]), dtype=torch.float32)
     seen = estimate.Seen(64, 0, 0, 0, torch.zeros(2))
     told = estimate.estimated([one], [seen], (1, 64), estimate.Options(), 0.0)

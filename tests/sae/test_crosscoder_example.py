@@ -124,6 +124,7 @@ result = saekit.train({
     "sae": {"name": "my_crosscoder", "d_sae": 256, "l1_coefficient": 0.3},
     "training": {"training_tokens": 40_000, "train_batch_size_tokens": 512, "lr": 3e-3, "verbose": False},
     "evals": {"n_contexts": 4},
+    "reports": {"pictures": False},
     "checkpoints": {"folder": sys.argv[1]},
 })
 sae = saekit.SAE.load(result.folder / "sae")

@@ -8,7 +8,7 @@ import attrs
 import numpy as np
 import pytest
 import torch
-from support.maths import D_SAE, N, batch, random_sae, step_input
+from support.maths import D_SAE, N, batch, draw, random_sae, step_input
 
 from saekit import SAE
 
@@ -77,16 +77,17 @@ def spec_loss(
 
 def away_from_kinks(factor: bool, device: str, **options: object) -> SAE:
     """The first of the random SAEs with no pre-activation near 0, where differences say nothing of gradients."""
+    sae, x = random_sae(device=device, **options), batch().numpy()
+    noise = noise_of(sae)
     for seed in itertools.count():
-        sae = random_sae(seed, device=device, **options)
-        if factor:
-            sae.add_scaling_factor()
-            generator = torch.Generator().manual_seed(seed)
-            sae.scaling_factor.data += (torch.rand(D_SAE, generator=generator, dtype=torch.float64) - 0.3).to(device)
-        pre = pre_in_numpy(sae, in_numpy(sae), batch().numpy()) + noise_of(sae)
-        if np.abs(pre).min() > 0.02:
-            return sae
-    raise AssertionError
+        draw(sae, seed)
+        if np.abs(pre_in_numpy(sae, in_numpy(sae), x) + noise).min() > 0.02:
+            break
+    if factor:
+        sae.add_scaling_factor()
+        generator = torch.Generator().manual_seed(seed)
+        sae.scaling_factor.data += (torch.rand(D_SAE, generator=generator, dtype=torch.float64) - 0.3).to(device)
+    return sae
 
 
 def assert_gradients(sae: SAE, x: np.ndarray, step: int, dead: list[int], held: tuple[np.ndarray, ...]) -> None:

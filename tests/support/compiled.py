@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -50,12 +51,36 @@ class Counted:
 
 def use(compiler: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     real = torch.compile
+    _take_einops_as_they_are(monkeypatch)
 
     def compiling(function: Any, *, mode: str | None = None) -> Any:
         compiler.modes.append(mode)
         return real(function, backend=compiler)
 
     monkeypatch.setattr(torch, "compile", compiling)
+
+
+def _take_einops_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace calls of einops as single operations: reading their patterns is four fifths of the time that tracing takes.
+
+    So did einops itself before torch 2.8; with the real compiler, they are traced as they are for everyone.
+    """
+    import einops
+    from torch._dynamo import trace_rules
+
+    allowed: Any = trace_rules._allowed_callable_ids
+    operations = (einops.einsum, einops.rearrange, einops.reduce, einops.repeat)
+    monkeypatch.setattr(allowed, "function_ids", allowed() | {id(operation) for operation in operations})
+
+
+def real_compiler() -> AbstractContextManager[None]:
+    """Inductor as it is, but that it makes code for any processor, and in this process.
+
+    Trying which instructions the compiler for C++ knows takes it ten seconds, and starting other processes takes two.
+    """
+    import torch._inductor.config
+
+    return torch._inductor.config.patch({"cpp.vec_isa_ok": False, "compile_threads": 1})  # type: ignore[no-any-return]
 
 
 def backend(model: Any = None, *, mamba: bool = False, **config: Any) -> TransformerLensBackend:

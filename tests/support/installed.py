@@ -71,6 +71,6 @@ def fresh_environment(folder: Path, *projects: Path) -> tuple[Path, Path, dict[s
     (fresh / "dependencies.pth").write_text("\n".join(site.getsitepackages()) + "\n")
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-build-isolation",
-        "--no-index", "--ignore-installed", "--disable-pip-version-check", *projects,
+        "--no-index", "--no-compile", "--ignore-installed", "--disable-pip-version-check", *projects,
         cwd=folder, env=environment)  # fmt: skip
     return python, fresh, environment

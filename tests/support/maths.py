@@ -18,10 +18,16 @@ def random_sae(seed: int = 0, *, device: str = "cpu", **options: object) -> SAE:
     config = StandardConfig(**{"d_sae": D_SAE, "dtype": "float64", "normalize_sae_decoder": False, **options})  # type: ignore[arg-type]
     plugins = saekit.default_manager()
     sae = build_module(plugins.find("sae_architectures", config), config, D_IN, plugins)
+    draw(sae, seed)
+    return sae.to(device)
+
+
+def draw(sae: SAE, seed: int) -> None:
+    """Give ``sae`` the weights of :func:`random_sae`."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in sae.parameters():
-        parameter.data = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
-    return sae.to(device)
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.5
+        parameter.data = drawn.to(parameter.device)
 
 
 def batch(seed: int = 5, device: str = "cpu") -> Tensor:

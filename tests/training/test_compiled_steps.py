@@ -13,6 +13,7 @@ from typing import Any
 import attrs
 import pytest
 import torch
+from support.compiled import real_compiler
 from support.training import DOCUMENTS, fake_run, fakes, fit, hashes, make_trainer, rows, train, weights
 from torch import Tensor
 
@@ -183,7 +184,14 @@ def test_a_compiler_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def real() -> Iterator[None]:
+    with real_compiler():
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("real")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of torch.jit
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:TensorFloat32")

@@ -10,6 +10,7 @@ import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from hashlib import blake2b
 from pathlib import Path
 
@@ -17,14 +18,19 @@ _NOT_PROSE = {"__pycache__", "site-packages", "dist-packages", "test", "tests", 
 _HELD_OUT_EVERY = 20
 
 
-def stdlib_files(root: Path | None = None) -> list[Path]:
-    """The standard library's ``.py`` files without its tests, sorted by path, so that the order is one order."""
-    root = root or Path(sysconfig.get_path("stdlib"))
-    files = []
+@cache
+def _files(root: Path) -> tuple[tuple[str, Path], ...]:
+    """The ``.py`` files in ``root`` without its tests, by name in the order in which they are read.
+
+    They are looked for once: a run opens its text several times, and a standard library stays as it is.
+    """
+    found = []
     for folder, below, names in os.walk(root):
         below[:] = [name for name in below if name not in _NOT_PROSE]  # site-packages may be large: do not go there
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
-    return sorted(files, key=lambda path: path.relative_to(root).as_posix())
+        home = Path(folder)
+        place = "" if home == root else f"{home.relative_to(root).as_posix()}/"
+        found += [(place + name, home / name) for name in names if name.endswith(".py")]
+    return tuple(sorted(found, key=lambda file: blake2b(file[0].encode()).digest()))
 
 
 def stdlib_documents(split: str = "train", root: Path | None = None) -> Iterator[dict[str, str]]:
@@ -33,13 +39,11 @@ def stdlib_documents(split: str = "train", root: Path | None = None) -> Iterator
     The split follows a hash of the path, so a file stays on its side whatever else is installed.  The order follows one
     too, since files of one folder are much alike.  Files are read as they are needed.
     """
-    root = root or Path(sysconfig.get_path("stdlib"))
-    named = {path.relative_to(root).as_posix(): path for path in stdlib_files(root)}
-    for name in sorted(named, key=lambda name: blake2b(name.encode()).digest()):
+    for name, path in _files(root or Path(sysconfig.get_path("stdlib"))):
         if split != "all" and (split == "heldout") != _is_held_out(name):
             continue
         try:
-            with tokenize.open(named[name]) as file:  # honors a PEP 263 encoding line
+            with tokenize.open(path) as file:  # honors a PEP 263 encoding line
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # a deliberately broken or unreadable source is no text

@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tomllib
 from importlib.util import find_spec
@@ -97,13 +96,8 @@ def test_a_page_can_be_followed_to_the_letter(page: Path, tmp_path: Path) -> Non
     if "examples" in page.parts:  # whose distribution its page installs
         install([page.parent], tmp_path / "installed")
         paths.insert(0, str(tmp_path / "installed"))
-    command = ["-W", "error::UserWarning", script.name]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    if "serve(" in script.read_text(encoding="utf-8"):  # its variables are read while the Hub's library is imported
-        command = [sys.executable, *command]
-        found = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    else:
-        found = warm.python(*command, cwd=folder, env=environment)
+    found = warm.python("-W", "error::UserWarning", script.name, cwd=folder, env=environment)
     assert found.returncode == 0, found.stderr
     if title(page) in TRAIN_WELL:  # what newcomers read first says nothing is wrong where nothing is
         assert not re.search(r"[Ww]arning: ", found.stderr), found.stderr

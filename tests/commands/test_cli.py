@@ -144,8 +144,9 @@ def test_plugins() -> None:
 
 @pytest.mark.slow
 def test_demo(tmp_path: Path) -> None:
-    short = ("training.training_tokens=45056", "training.lr_decay_steps=0", "sae.l1_warm_up_steps=10")
-    found = cli("demo", *short, "--folder", "out", cwd=tmp_path, cold=True)
+    short = ("training.training_tokens=20480", "training.train_batch_size_tokens=512", "training.lr_decay_steps=0")
+    source = ("sae.l1_warm_up_steps=10", "activations.source.refill=needed")
+    found = cli("demo", *short, *source, "--folder", "out", cwd=tmp_path, cold=True)
     for words in ("explained variance", "L0", "CE recovered", "dead features", "promotes ", "«", "training curves "):
         assert words in found.stdout
     assert found.stdout.count("Feature ") == 5

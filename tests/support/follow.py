@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -34,7 +33,8 @@ if TYPE_CHECKING:
     from saekit.plugins.manager import PluginManager
 
 TOKENIZER = Path(saekit_plugins.__file__).parent / "backends" / "tiny_python"
-RUNNER_CONFIG = Path(__file__).parents[1] / "golden_runner_configs" / "standard.json"
+ROOT = Path(__file__).parents[2]
+RUNNER_CONFIG = ROOT / "tests" / "golden_runner_configs" / "standard.json"
 LOCAL = {
     "gpt2-small": "saekit/tiny-python",
     "tokenizer=gpt2": f"tokenizer={TOKENIZER}",
@@ -51,8 +51,13 @@ SHORT = [
     "training.training_tokens=6000", "training.train_batch_size_tokens=512", "training.verbose=false",
     "evals.n_contexts=4", "training.lr_warm_up_steps=1", "training.lr_decay_steps=1",
 ]  # fmt: skip
-SMALL = "activations.source.n_batches_in_buffer=8"
-"""16,384 tokens instead of 65,536: what a run of :data:`SHORT` length would forward, and then throw away."""
+NEEDED = "activations.source.refill=needed"
+"""No forward of what a short run would throw away: 65,536 activations fill the buffer."""
+SPARING: dict[str, dict[str, Any]] = {
+    "activations": {"source": {"name": "live", "refill": "needed"}},
+    "evals": {"n_contexts": 16},
+}
+"""Options of runs from Python where their page does not name them: no forward that is thrown away, fewer measured."""
 SHORTER = {
     "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
@@ -110,7 +115,7 @@ def run_command(line: str) -> None:
     else:
         words += SHORTER.get(" ".join(words[:2]), SHORTER.get(words[0], []))
         if words[0] in ("train", "demo") and "activations.source=" not in line:
-            words.append(SMALL)
+            words.append(NEEDED)
     words += ["--port", "0"] if "--serve" in words else []
     with contextlib.ExitStack() as stack:
         stack.enter_context(_looked_at_once())
@@ -185,9 +190,7 @@ def serve(folder: Path) -> None:
         shapes = {"W_enc": (128, 64), "b_enc": (64,), "W_dec": (64, 128), "b_dec": (128,)}
         tensors = {name: random.standard_normal(shape).astype("float32") for name, shape in shapes.items()}
         save_file(tensors, home / "sae_weights.safetensors")
-    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
-        del os.environ[name]  # before huggingface_hub is imported
-    os.environ.update(hub.environment(folder / "home"))
+    hub.use(pytest.MonkeyPatch(), folder / "home")
     from saekit.commands import looking
 
     real = looking.backend_of
@@ -210,8 +213,21 @@ HUB = [
 _served: list[object] = []
 
 
-def watch(results: Path) -> None:
-    """From now on, note in the file ``results`` what comes of each training: how long it took, how well SAEs do."""
+def sparing(config: Any) -> Any:
+    """A dict of options, or each of several, with what :data:`SPARING` says of options that it does not name."""
+    if not isinstance(config, dict):
+        return [sparing(one) for one in config] if isinstance(config, list) else config
+    return config | {section: options | config.get(section, {}) for section, options in SPARING.items()}
+
+
+def watch(results: Path, whole: bool, drawn: bool) -> None:
+    """From now on, note in the file ``results`` what comes of each training: how long it took, how well SAEs do.
+
+    What is not ``whole`` is as :func:`sparing` makes it, and what is not ``drawn`` has no pictures.
+    """
+    if not drawn:
+        SHORT.append("reports.pictures=false")
+        SPARING["reports"] = {"pictures": False}
     started, found = time.monotonic(), list[dict[str, Any]]()
     import saekit
 
@@ -234,12 +250,17 @@ def watch(results: Path) -> None:
 
         return run
 
+    train, grid = saekit.train, saekit.grid
+    if not whole:
+        saekit.train = lambda cfg, **named: train(sparing(cfg), **named)  # type: ignore[assignment]
+        saekit.grid = lambda cfg, axes: grid(sparing(cfg), axes)  # type: ignore[assignment]
     saekit.train, saekit.resume = watched(saekit.train), watched(saekit.resume)  # type: ignore[assignment]
 
 
 def script_of(page: Path, results: Path) -> str:
     """The page as a program, to be run in an empty folder with the tests' folder on the path.
 
+    README's runs from Python are as they are printed, to the last option.  Pages that show a run's pictures draw them.
     A block that begins with ``# NAME.toml`` is that file.
     """
     blocks, parts = blocks_of(page), []
@@ -254,4 +275,6 @@ def script_of(page: Path, results: Path) -> str:
     first = "from pathlib import Path\nfrom support.follow import prepare, run_command, serve, watch\n"
     if any("from_pretrained(" in part or "from_hub(" in part for part in parts):
         first += "import tempfile\nserve(Path(tempfile.mkdtemp()))\n"
-    return "".join([first, f"prepare(Path())\nwatch(Path({str(results)!r}))\n", *parts])
+    drawn = "curves.png" in page.read_text(encoding="utf-8")
+    watched = f"watch(Path({str(results)!r}), whole={page == ROOT / 'README.md'}, drawn={drawn})\n"
+    return "".join([first, "prepare(Path())\n", watched, *parts])

@@ -83,7 +83,11 @@ def test_an_architecture_that_needs_a_package_says_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "number", "code"),
     [
-        (["demo", "--folder", "runs", "training.log_frequency=1"], signal.SIGINT, 130),
+        (
+            ["demo", "--folder", "runs", "training.log_frequency=1", "activations.source.n_batches_in_buffer=8"],
+            signal.SIGINT,
+            130,
+        ),
         (["train", "run.toml", "training.training_tokens=10_000_000"], signal.SIGTERM, 143),
     ],
     ids=["Ctrl-C in the demo", "SIGTERM in a run"],

@@ -253,7 +253,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
     missing = item.missing()
     wanted = [check for check in (*OF_EVERY_KIND, *_own_checks(item)) if given.wants(check.name)]
     for options in every:
-        known: dict[str, Any] = {}
+        known: dict[object, Any] = {}
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
         for check in wanted:
             outcome = Outcome(f"{label} ({_shown(options)})", check.name, check.promise)
@@ -286,7 +286,7 @@ def _run(
     options: Any,
     manager: PluginManager,
     given: _Given,
-    known: dict[str, Any],
+    known: dict[object, Any],
 ) -> Outcome:
     name = item.entry.name
     with tempfile.TemporaryDirectory() as place:

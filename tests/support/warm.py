@@ -54,6 +54,14 @@ JOBS = (
 )  # fmt: skip
 """What training and evaluating import."""
 
+ANEW = """
+import sys
+for name in [*sys.modules]:
+    if name.partition(".")[0] in ("saekit", "saekit_plugins"):
+        del sys.modules[name]
+"""
+"""Code after which saekit is imported once more, where it matters what that does or in which order."""
+
 LONGEST = 300.0
 """Seconds after which a command hangs, however busy the machine is."""
 

@@ -264,8 +264,9 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
                 yield attrs.evolve(outcome, not_tried=reason)
                 continue
             yield (found := _run(check, outcome, item, options, manager, given, known))
-            if check.name == _FIRST and found.fault is not None:
-                failed = "it cannot be built"
+            if found.fault is not None:
+                known.clear()  # it may be what is at fault, or left so
+                failed = "it cannot be built" if check.name == _FIRST else failed
 
 
 def _shown(options: Any) -> str:

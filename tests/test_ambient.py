@@ -76,7 +76,7 @@ def some_run(folder: Path, name: str = "run", **sections: dict[str, Any]) -> dic
         "model": {"backend": "test:fake"}, "site": {"hook_name": SITE}, "dataset": {"context_size": 16},
         "sae": {"d_sae": 24}, "checkpoints": {"name": name},
         "training": {
-            "training_tokens": 1024, "train_batch_size_tokens": 128, "device": "cpu", "dead_feature_window": 2
+            "training_tokens": 768, "train_batch_size_tokens": 128, "device": "cpu", "dead_feature_window": 2
         },
         "activations": {"source": LiveConfig(store_batch_size_prompts=8, n_batches_in_buffer=4)},
         "evals": {"split": None, "held_out_every": 4, "n_contexts": 4},
@@ -143,39 +143,47 @@ def test_training_gives_the_same_bytes(state: str, plain: dict[str, Any], tmp_pa
     assert files(result.folder) == plain
 
 
+def everything_else(folder: Path) -> tuple[Any, ...]:
+    """What a run that is resumed leaves, a plan says, and loading and measuring give."""
+    options = {
+        "sae": {"d_sae": 24, "use_ghost_grads": True},
+        "activations": {"cache": {"folder": str(folder / "c")}},
+    }
+    config = some_run(folder, **options)
+    short = {**config, "training": config["training"] | {"training_tokens": 256}}
+    plan = saekit.plan(config, plugins=manager(), dataset=DOCUMENTS)
+    saekit.train(short, plugins=manager(), dataset=DOCUMENTS)
+    longer = ["training.training_tokens=768"]
+    saekit.resume(
+        folder / "run", overrides=longer, allow=["training.training_tokens"], plugins=manager(), dataset=DOCUMENTS
+    )
+    saekit.cache_activations(config, plugins=manager(), dataset=DOCUMENTS)
+    sae = saekit.SAE.load(folder / "run" / "sae")
+    assert all(value.requires_grad and not value.is_inference() for value in sae.parameters())
+    backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
+    where = {"backend": backend, "sites": saekit.Sites.one(saekit.Site(hook_name=SITE)), "contexts": contexts}
+    with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
+        backend.run(contexts, read=[SITE])
+        rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    measured = DownstreamEval(DownstreamConfig())(sae, **where) | variance_metrics(sae, [rows])
+    return files(folder), plan.problems, plan.warnings, plan.facts["SAE step"], measured
+
+
+@pytest.fixture(scope="module")
+def of_everything_else(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, ...]:
+    found = everything_else(tmp_path_factory.mktemp("else"))
+    assert not found[1]
+    return found
+
+
 @pytest.mark.parametrize("state", TRAINED)
-def test_everything_else_gives_the_same_numbers(state: str, tmp_path: Path) -> None:
+def test_everything_else_gives_the_same_numbers(
+    state: str, of_everything_else: tuple[Any, ...], tmp_path: Path
+) -> None:
     """Resuming, planning, caching, loading and measuring."""
-    found = []
-    for name, surroundings in (("plain", nullcontext), (state, STATES[state])):
-        folder = tmp_path / name.replace(" ", "_")
-        options = {
-            "sae": {"d_sae": 24, "use_ghost_grads": True},
-            "activations": {"cache": {"folder": str(folder / "c")}},
-        }
-        config = some_run(folder, **options)
-        documents = DOCUMENTS
-        short = {**config, "training": config["training"] | {"training_tokens": 512}}
-        with surroundings():
-            plan = saekit.plan(config, plugins=manager(), dataset=documents)
-            saekit.train(short, plugins=manager(), dataset=documents)
-            longer = ["training.training_tokens=1024"]
-            saekit.resume(
-                folder / "run", overrides=longer, allow=["training.training_tokens"], plugins=manager(),
-                dataset=documents,
-            )  # fmt: skip
-            saekit.cache_activations(config, plugins=manager(), dataset=documents)
-            sae = saekit.SAE.load(folder / "run" / "sae")
-            assert all(value.requires_grad and not value.is_inference() for value in sae.parameters())
-            backend, contexts = FakeBackend(), torch.arange(64, device="cpu").reshape(4, 16)
-            where = {"backend": backend, "sites": saekit.Sites.one(saekit.Site(hook_name=SITE)), "contexts": contexts}
-            with torch.device("cpu"), default_dtype(torch.float32):  # what the caller passes is the caller's
-                backend.run(contexts, read=[SITE])
-                rows = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
-            measured = DownstreamEval(DownstreamConfig())(sae, **where) | variance_metrics(sae, [rows])
-        found.append((files(folder), plan.problems, plan.warnings, plan.facts["SAE step"], measured))
-    assert not found[0][1]
-    assert found[0] == found[1]
+    with STATES[state]():
+        found = everything_else(tmp_path)
+    assert found == of_everything_else
 
 
 def test_a_real_model_under_inference_mode(tmp_path: Path) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from saekit_plugins.architectures.batchtopk import BatchTopKConfig
 from saekit_plugins.architectures.standard import StandardConfig
 from saekit_plugins.architectures.topk import TopKConfig
+from support import warm
 from support.optimizers import adam_for
 
 import saekit
@@ -23,8 +21,9 @@ from saekit.errors import ConfigError
 from saekit.runs.randomness import random_state, seeded
 from saekit.sae.build import build_module
 
-WOKEN = """
-import sys
+WOKEN = (
+    warm.ANEW
+    + """import sys
 import torch
 import torch._dynamo  # which looks through torch's functions when it is imported
 
@@ -64,14 +63,13 @@ assert saekit.SAE.load(sys.argv[1] + "/run/sae").threshold > 0
 assert not torch.cuda.is_initialized()
 print("asleep")
 """
+)
 
 
 def test_a_run_on_the_cpu_wakes_no_gpu(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(WOKEN)
-    found = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, env=os.environ, timeout=300, check=False
-    )
+    found = warm.python(script, tmp_path)
     assert found.stdout.strip().endswith("asleep"), found.stderr
 
 

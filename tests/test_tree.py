@@ -34,6 +34,29 @@ def files() -> dict[str, Path]:
     return found
 
 
+class Code:
+    """What a source says, as far as a rule asks.  Its tree, which is large, is not kept."""
+
+    def __init__(self, text: str) -> None:
+        nodes = [*ast.walk(ast.parse(text))]
+        self.n_lines = len(text.splitlines())
+        self.imports = [node for node in nodes if isinstance(node, (ast.Import, ast.ImportFrom))]
+        self.texts = literals(nodes)
+        self.called = called(nodes)
+        self.asked_by_name = asked_by_name(nodes)
+        self.functions = [
+            (node.name, node.end_lineno - node.lineno + 1)
+            for node in nodes
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.end_lineno is not None
+        ]
+
+
+@cache
+def code(module: str) -> Code:
+    """Read once in a process, whatever is asked."""
+    return Code(files()[module].read_text())
+
+
 @cache
 def face(module: str) -> dict[str, str]:
     """Of a lazy ``__init__``: public name to the module that it is from."""
@@ -70,8 +93,7 @@ def origin(module: str, name: str) -> str:
 def graph() -> dict[str, set[str]]:
     """Module to the modules that it imports."""
     return {
-        module: {target for node in ast.walk(ast.parse(path.read_text())) for target in targets(node)} - {module}
-        for module, path in files().items()
+        module: {target for node in code(module).imports for target in targets(node)} - {module} for module in files()
     }
 
 
@@ -229,11 +251,11 @@ def abilities() -> set[str]:
     return {name for found in every for name in (*vars(found), *found.__annotations__) if name[0] != "_"} - of_kinds
 
 
-def asked_by_name(text: str) -> list[str]:
+def asked_by_name(nodes: list[ast.AST]) -> list[str]:
     """The attributes that ``getattr`` and ``hasattr`` are asked for, where these stand there as texts."""
     return [
         name.value
-        for node in ast.walk(ast.parse(text))
+        for node in nodes
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "hasattr")
         for name in node.args[1:2]
         if isinstance(name, ast.Constant)
@@ -241,52 +263,59 @@ def asked_by_name(text: str) -> list[str]:
 
 
 def test_abilities_are_protocols_and_not_names() -> None:
-    asked = {module: abilities() & {*asked_by_name(files()[module].read_text())} for module in kernel()}
+    known = abilities()
+    asked = {module: known & {*code(module).asked_by_name} for module in kernel()}
     assert not {module: names for module, names in asked.items() if names}
 
 
 def test_a_name_that_is_asked_for_is_found() -> None:
     assert {"pause", "memory_bytes", "rows", "widths", "log_checkpoint", "conclude", "moments"} <= abilities()
-    assert asked_by_name("if hasattr(a, 'rows'): getattr(b, c)(getattr(d, 'pause', None))") == ["rows", "pause"]
+    found = Code("if hasattr(a, 'rows'): getattr(b, c)(getattr(d, 'pause', None))").asked_by_name
+    assert found == ["rows", "pause"]
 
 
 def test_nobody_inside_imports_saekit_itself() -> None:
     found = [module for module, imported in graph().items() if inside(module, "saekit") and "saekit" in imported]
     named = [
         module
-        for module, path in files().items()
-        if inside(module, "saekit")
-        for node in ast.walk(ast.parse(path.read_text()))
+        for module in kernel()
+        for node in code(module).imports
         if isinstance(node, ast.ImportFrom) and node.module == "saekit"
     ]
     assert found + named == []
 
 
-def literals(text: str) -> Iterator[str]:
+def literals(nodes: list[ast.AST]) -> list[str]:
     """The texts in code, f-strings among them, that are not documentation."""
-    tree = ast.parse(text)
-    documentation = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation:
-            yield node.value
+    documentation = {node.value for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in documentation
+    ]
+
+
+def called(nodes: list[ast.AST]) -> list[object]:
+    """What stands in tables as their ``name``."""
+    return [
+        value.value
+        for node in nodes
+        if isinstance(node, ast.Dict)
+        for key, value in zip(node.keys, node.values, strict=True)
+        if isinstance(key, ast.Constant) and key.value == "name" and isinstance(value, ast.Constant)
+    ]
 
 
 WORDS = {"none", "reconstruction"}
 """Names of plugins that are words of other things, too."""
 
 
-def named_plugins(text: str) -> list[str]:
+def named_plugins(source: Code) -> list[str]:
     """The plugins that code names: by qualified keys, as ``{"name": "cosine"}``, or as texts of their own."""
-    keys = [found for literal in literals(text) for found in re.findall(r"saekit_plugins|\bsaekit:(?!\s)\S*", literal)]
-    tables = [
-        value.value
-        for node in ast.walk(ast.parse(text))
-        if isinstance(node, ast.Dict)
-        for key, value in zip(node.keys, node.values, strict=True)
-        if isinstance(key, ast.Constant) and key.value == "name" and isinstance(value, ast.Constant)
-    ]
-    words = [name for name in tables if name in WORDS]  # there they can mean nothing else
-    return keys + words + [literal for literal in literals(text) if literal in built_in() - WORDS]
+    keys = [found for text in source.texts for found in re.findall(r"saekit_plugins|\bsaekit:(?!\s)\S*", text)]
+    words = [str(name) for name in source.called if name in WORDS]  # there they can mean nothing else
+    names = built_in() - WORDS
+    return keys + words + [text for text in source.texts if text in names]
 
 
 @cache
@@ -297,7 +326,7 @@ def built_in() -> frozenset[str]:
 
 
 def test_plugins_that_code_names_are_found() -> None:
-    code = '''"""Such as saekit:cosine."""
+    text = '''"""Such as saekit:cosine."""
 a = "saekit:cosine"
 b = f"saekit:{a}"
 c = "an error of saekit: none"
@@ -310,7 +339,7 @@ _CALLED = {"matryoshka_batchtopk": "matryoshka"}
 if name in ("gated", "standard"): ...
 ["gemma_2", "/embedding/", "hook_embed"]
 '''
-    assert sorted(named_plugins(code)) == sorted(
+    assert sorted(named_plugins(Code(text))) == sorted(
         ["cosine", "reconstruction", "saekit:", "saekit:cosine", "saekit_plugins", "cached", "wandb", "matryoshka",
          "gated", "standard", "gemma_2"]
     )  # fmt: skip
@@ -325,7 +354,7 @@ NAMED: dict[str, set[str]] = {
 
 
 def test_the_kernel_names_plugins_in_one_file_of_defaults() -> None:
-    named = {module: {*found} for module in kernel() if (found := named_plugins(files()[module].read_text()))}
+    named = {module: {*found} for module in kernel() if (found := named_plugins(code(module)))}
     defaults = named.pop("saekit.defaults")
     assert named == NAMED
     known = {item.key for kind in KINDS for item in saekit.default_manager().registry(kind).items}
@@ -341,15 +370,10 @@ def test_the_data_of_the_kernel_name_no_plugin() -> None:
 
 def test_short_files_and_functions() -> None:
     long = {}
-    for module, path in files().items():
-        text = path.read_text()
-        if (length := len(text.splitlines())) > LONGEST_FILE:
-            long[module] = length
-        functions = [
-            node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
-        ]
-        for function in functions:
-            assert function.end_lineno is not None
-            if (length := function.end_lineno - function.lineno + 1) > LONGEST_FUNCTION:
-                long[f"{module}.{function.name}"] = length
+    for module in files():
+        if code(module).n_lines > LONGEST_FILE:
+            long[module] = code(module).n_lines
+        for function, length in code(module).functions:
+            if length > LONGEST_FUNCTION:
+                long[f"{module}.{function}"] = length
     assert not long

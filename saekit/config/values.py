@@ -18,6 +18,8 @@ __all__ = ["enum_value", "half_a_pair", "plain", "shown", "too_nested"]
 _LONGEST = 10_000
 """Items of an array that may stand for a list of options."""
 _DEEPEST, _MOST = 50, 1_000_000
+_SINGLE = frozenset({str, int, float, bool, type(None)})
+"""Types of values that hold no others."""
 _REPR = reprlib.Repr()
 _REPR.maxstring = _REPR.maxother = 200
 _REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = _REPR.maxfrozenset = 10
@@ -85,6 +87,8 @@ def too_nested(table: object) -> str | None:
             return f"is nested more than {_DEEPEST} levels deep, which no configuration is"
         if seen > _MOST:
             return f"holds more than {_MOST:,} values, which no configuration does"
+        if type(value) in _SINGLE:
+            continue
         if isinstance(value, Mapping):
             left += [(item, depth + 1) for item in value.values()]
         elif attrs.has(type(value)):

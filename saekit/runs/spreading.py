@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -91,6 +92,7 @@ def _differing(name: str, other: Mapping[Any, Any], first: Mapping[Any, Any]) ->
     return f"{name} is {other[name]!r}, not {first[name]!r}"
 
 
+@functools.cache  # it is what this process has imported, whatever becomes of the files
 def _code() -> str:
     """A checksum of saekit's own code, which may have been changed without another version."""
     package, summed = Path(__file__).parents[1], hashlib.blake2b(digest_size=6)

@@ -253,7 +253,7 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
     missing = item.missing()
     wanted = [check for check in (*OF_EVERY_KIND, *_own_checks(item)) if given.wants(check.name)]
     for options in every:
-        known: dict[str, Any] = {}
+        known: dict[object, Any] = {}
         failed = f"needs {', '.join(missing)}, not installed here" if missing else ""
         for check in wanted:
             outcome = Outcome(f"{label} ({_shown(options)})", check.name, check.promise)
@@ -264,8 +264,9 @@ def _of_entry(item: Registered, manager: PluginManager, given: _Given) -> Iterat
                 yield attrs.evolve(outcome, not_tried=reason)
                 continue
             yield (found := _run(check, outcome, item, options, manager, given, known))
-            if check.name == _FIRST and found.fault is not None:
-                failed = "it cannot be built"
+            if found.fault is not None:
+                known.clear()  # it may be what is at fault, or left so
+                failed = "it cannot be built" if check.name == _FIRST else failed
 
 
 def _shown(options: Any) -> str:
@@ -286,7 +287,7 @@ def _run(
     options: Any,
     manager: PluginManager,
     given: _Given,
-    known: dict[str, Any],
+    known: dict[object, Any],
 ) -> Outcome:
     name = item.entry.name
     with tempfile.TemporaryDirectory() as place:

@@ -14,7 +14,7 @@ from typing import Any
 
 import attrs
 import pytest
-from support.installed import install, project
+from support.installed import project, written
 from support.tiny import run_config
 
 import saekit
@@ -171,7 +171,7 @@ def saekit_register_trackers():
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, list[str]]]:
     """What each command exits with and says, and what is imported by then, in one process for all of them."""
     home = tmp_path_factory.mktemp("mistakes")
-    install([project(home / "source", "needy", {"needy.py": NEEDY}, needy="needy")], home / "installed")
+    written(project(home / "source", "needy", {"needy.py": NEEDY}, needy="needy"), home / "installed")
     work = home / "work"
     (work / "runs/taken").mkdir(parents=True)
     (work / "torn").mkdir()

@@ -1,17 +1,16 @@
-"""Bad plugins, each in a distribution that pip really built and installed."""
+"""Bad plugins, each in a distribution: that pip really built and installed where there are several, written else."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import warm
-from support.installed import install, project
+from support.installed import install, project, written
 
 pytestmark = pytest.mark.slow
 
@@ -63,15 +62,21 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if not target.exists():
             homes = [project(folder / f"src-{'+'.join(names)}", name, dict([MODULES[name]]),
                              plugin=MODULES[name][0].removesuffix(".py")) for name in names]  # fmt: skip
-            install(homes, target)
+            if len(homes) > 1:
+                install(homes, target)
+            else:
+                written(homes[0], target)
         return target
 
     return installed
 
 
-def saekit_cli(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    return warm.python("-m", "saekit.cli", *arguments, env=environment, light=True)
+def python(site: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return warm.python(*arguments, env=os.environ | {"PYTHONPATH": str(site)} | more, light=True)
+
+
+def saekit_cli(site: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    return python(site, "-m", "saekit.cli", *arguments, **more)
 
 
 @pytest.mark.parametrize("name", REASONS)
@@ -90,10 +95,7 @@ def test_a_broken_plugin_costs_one_warning(site: Callable[..., Path], name: str)
     assert unknown.returncode == 2
     assert f"Plugin {name}:plugin failed to load: " in unknown.stderr
     assert REASONS[name] in unknown.stderr
-    blocked = subprocess.run(
-        [sys.executable, "-m", "saekit.cli", "plugins"], capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(where), "SAEKIT_DISABLE_PLUGINS": name},
-    )  # fmt: skip
+    blocked = saekit_cli(where, "plugins", SAEKIT_DISABLE_PLUGINS=name)
     assert blocked.stderr == ""
     assert f"disabled: {name}:plugin" in blocked.stdout
 
@@ -128,7 +130,7 @@ def test_one_key_twice_in_one_distribution(tmp_path: Path) -> None:
     home = project(
         tmp_path, "twice", {"one.py": GOOD.format(more=""), "two.py": GOOD.format(more="")}, one="one", two="two"
     )
-    install([home], tmp_path / "site")
+    written(home, tmp_path / "site")
     found = saekit_cli(tmp_path / "site", "plugins", "lr_schedules:twice:halving")
     assert found.returncode == 2
     assert "'twice:halving' is registered 2 times by one distribution, from twice:one and twice:two" in found.stderr
@@ -141,9 +143,7 @@ def test_a_missing_optional_package(site: Callable[..., Path]) -> None:
     assert listed.stderr == ""
     assert "[needs: pip install 'needs-package[heavy]']" in listed.stdout
     code = "import saekit; saekit.default_manager().build('lr_schedules', 'halving', lr=1, steps=1)"
-    found = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(where)}
-    )
+    found = python(where, "-c", code)
     assert found.returncode == 1
     assert (
         "LR schedule 'needs-package:halving' needs no_such_package, not installed here. "

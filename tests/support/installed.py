@@ -1,11 +1,13 @@
-"""Distributions that tests build and install for real."""
+"""Distributions that tests build and install for real, or write as pip would leave them."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import site
 import subprocess
 import sys
+import tomllib
 import venv
 from pathlib import Path
 
@@ -45,6 +47,20 @@ def install(projects: list[Path], target: Path, python: str = sys.executable) ->
                "--disable-pip-version-check", "--target", str(target), *map(str, projects)]  # fmt: skip
     found = subprocess.run(command, capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+def written(home: Path, target: Path) -> None:
+    """What :func:`install` leaves of a :func:`project` in ``target``, as far as anyone asks for it: in no time."""
+    with (home / "pyproject.toml").open("rb") as file:
+        told = tomllib.load(file)
+    name, version = told["project"]["name"], told["project"]["version"]
+    info = target / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.4\nName: {name}\nVersion: {version}\n")
+    points = "".join(f"{key} = {value}\n" for key, value in told["project"]["entry-points"]["saekit"].items())
+    (info / "entry_points.txt").write_text(f"[saekit]\n{points}")
+    for file in told["tool"]["hatch"]["build"]["targets"]["wheel"]["only-include"]:
+        shutil.copy(home / file, target / file)
 
 
 def run(*command: object, **options: object) -> str:

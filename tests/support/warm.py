@@ -57,6 +57,14 @@ JOBS = (
 NOT_OF_THE_HUB = ("torch", "torch._dynamo", "pandas", "pyarrow.parquet", "safetensors.torch", "sympy", "attrs", "yaml")
 """What takes long and does not read the variables of the Hub while it is imported."""
 
+ANEW = """
+import sys
+for name in [*sys.modules]:
+    if name.partition(".")[0] in ("saekit", "saekit_plugins"):
+        del sys.modules[name]
+"""
+"""Code after which saekit is imported once more, where it matters what that does or in which order."""
+
 LONGEST = 300.0
 """Seconds after which a command hangs, however busy the machine is."""
 

@@ -42,7 +42,7 @@ class Subject:
     """Of a loader: SAEs of its format."""
     sites: tuple[Site, ...] = ()
     """Of a source with data of its own: those that it has."""
-    known: dict[str, Any] = attrs.field(factory=dict)
+    known: dict[object, Any] = attrs.field(factory=dict)
     """What a check has found out of the entry with these options, for those after it."""
 
     def build(self, **services: Any) -> Any:

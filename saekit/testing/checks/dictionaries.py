@@ -62,7 +62,17 @@ def uninitialized(subject: Subject, ports: Ports = ONE, dtype: str = "float64") 
 
 
 def made(subject: Subject, ports: Ports = ONE, *, seed: int = 0) -> SAE:
-    """One in float64 with weights of which none is like another, after two steps, in which it may count or average."""
+    """One in float64 with weights of which none is like another, after two steps, in which it may count or average.
+
+    It is made once, and each check gets a copy.
+    """
+    widths = (tuple(ports.inputs.items()), tuple(ports.targets.items()))
+    if (what := ("made", widths, seed)) not in subject.known:
+        subject.known[what] = _made(subject, ports, seed)
+    return copied(subject.known[what])
+
+
+def _made(subject: Subject, ports: Ports, seed: int) -> SAE:
     from saekit.sae.build import initialize
 
     sae = uninitialized(subject, ports)
@@ -96,13 +106,17 @@ def _stir(sae: SAE, seed: int) -> None:
 def takes(subject: Subject) -> Iterator[tuple[str, Ports]]:
     """The ports that the architecture takes, in words and in numbers."""
     for name, ports in PORTS.items():
-        try:
-            uninitialized(subject, ports)
-        except (SaekitError, ValueError):
-            if ports is ONE:
-                raise
-            continue
-        yield name, ports
+        if (what := ("takes", name)) not in subject.known:
+            try:
+                uninitialized(subject, ports)
+            except (SaekitError, ValueError):
+                if ports is ONE:
+                    raise
+                subject.known[what] = False
+            else:
+                subject.known[what] = True
+        if subject.known[what]:
+            yield name, ports
 
 
 def rows(ports: Ports, n: int = ROWS, seed: int = 5) -> tuple[Tensor, Tensor | None]:
@@ -164,8 +178,14 @@ def must_be_one_step(
 
 
 def copied(sae: SAE, kernels: Any = None) -> SAE:
-    """One of its own, which goes another way if wanted."""
-    found = copy.deepcopy(sae)
+    """One of its own, which goes another way if wanted.
+
+    What never changes is shared: to copy that, too, would take most of the time.
+    """
+    from saekit.sae.hooks import HookPoint
+
+    points = [point for point in sae.children() if isinstance(point, HookPoint) and not point.hooked]
+    found = copy.deepcopy(sae, {id(one): one for one in (sae.config, sae.ports, sae.info, sae.table, *points)})
     if kernels is not None:
         found.kernels = kernels
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -125,8 +126,7 @@ def copies(subject: Subject) -> None:
     except Exception as error:
         raise Fault(f"it cannot be pickled: {error_text(error)}; define its class at a module's top level") from error
     must_be_equal("outputs of what was pickled", again(x), expected)
-    copy = copied(sae)
     with torch.no_grad():
-        for value in copy.parameters():
+        for value in copy.deepcopy(sae).parameters():
             value.zero_()
     must_be_equal("outputs after a copy was changed", sae(x), expected)

@@ -54,14 +54,16 @@ def two_processes(subject: Subject) -> None:
         says = ", ".join(sorted(sae.spreads_over & _NAMES.keys()))
         what = f"it says spreads_over = {{{says}}}" if says else "it does not say spreads_over"
         raise NotTried(f"{what}, and runs on several processes refuse it: {'; '.join(dict.fromkeys(refused))}")
+    # Before the forks, which then have what torch imports, for seconds, when the first optimizer is made.
+    alone = {mesh: [_stepped_by_one(sae) for _, sae in cases] for mesh, cases in saes.items()}
     for mesh, (found, other) in on_two(works, subject.place).items():
         split = "batches" if mesh == DATA else "features"
-        for (where, sae), own, theirs in zip(saes[mesh], found, other, strict=True):
+        for (where, sae), (steps, updated), own, theirs in zip(saes[mesh], alone[mesh], found, other, strict=True):
             about = f" ({split} split over 2 processes, {where})"
             for told, weights in (own, theirs):
-                for (number, dead), (step, state) in zip(_STEPS, told, strict=True):
-                    _must_be_that_of_one(sae, number, dead, step, state, about)
-                for name, value in _updated(copied(sae, "reference")).items():
+                for (one, right), (step, state) in zip(steps, told, strict=True):
+                    _must_be_that_of_one(sae, one, right, step, state, about)
+                for name, value in updated.items():
                     must_agree(f"{name} after updates{about}", weights[name], value, _EXACT)
 
 
@@ -199,14 +201,22 @@ def _gathered(value: Tensor, dim: int | None, world: World) -> Tensor:
     return value.clone() if dim is None else torch.cat(world.features.gather(value), dim=dim)
 
 
+def _stepped_by_one(sae: SAE) -> tuple[list[tuple[SAE, StepOutput]], dict[str, Tensor]]:
+    """By one process: each step, with the dictionary that has its gradients, and the weights after updates."""
+    steps = []
+    x, target = rows(sae.ports)
+    for number, dead in _STEPS:
+        one = copied(sae, "reference")
+        steps.append((one, one.training_step(x, step_input(one, step=number, dead=dead, target=target))))
+    return steps, _updated(copied(sae, "reference"))
+
+
 def _must_be_that_of_one(
-    sae: SAE, number: int, dead: float, found: StepOutput, state: dict[str, dict[str, Tensor]], where: str
+    sae: SAE, one: SAE, expected: StepOutput, found: StepOutput, state: dict[str, dict[str, Tensor]], where: str
 ) -> None:
     import torch
 
-    one, several = copied(sae, "reference"), copied(sae)
-    x, target = rows(sae.ports)
-    expected = one.training_step(x, step_input(one, step=number, dead=dead, target=target))
+    several = copied(sae)
     for name, value in several.named_parameters():
         value.grad = state["gradients"].get(name)
     with torch.no_grad():

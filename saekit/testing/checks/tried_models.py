@@ -41,7 +41,9 @@ class Tried:
 
     @classmethod
     def of(cls, subject: Subject) -> Tried:
-        backend = backend_of(subject)
+        if "backend" not in subject.known:  # to build it for each check would take most of the time
+            subject.known["backend"] = backend_of(subject)
+        backend = subject.known["backend"]
         tokens = _tokens(backend)
         if "hooks" not in subject.known:
             subject.known["hooks"] = _usable(backend, tokens)

@@ -15,6 +15,9 @@ TL4_TESTS ?= tests/backends tests/splicing tests/evals tests/testing/test_confor
 	tests/training/test_training.py tests/commands/test_plan.py tests/commands/test_cli_first_steps.py
 EXTRAS := [mamba,serve,tagger,wandb,test,docs]
 
+# Hundreds of processes import saekit: without its bytecode each would compile all of it anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test test-processes test-newest test-peers test-tl4 test-triton cuda-bundle lint docs bench clean
 
 demo: $(STAMP)

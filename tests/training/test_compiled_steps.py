@@ -196,7 +196,7 @@ def real() -> Iterator[None]:
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("ignore:TensorFloat32")
 def test_with_the_real_compiler(device: str) -> None:
-    """A feature is dead from the first step on, so that inductor works for one graph: that of all that a step may do."""
+    """A feature is dead from the first step on: inductor works for one graph, that of all that a step may do."""
     torch._dynamo.reset()
     options = {"noise_scale": 0.1, "use_ghost_grads": True, "dtype": "float32", "device": device, "asleep": 5}
     torch._dynamo.utils.counters.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import shutil
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,12 @@ OPTIONS = {"plain": TransformerBridgeOptions(), "compatible": COMPATIBLE}
 def bridge(kind: str, options: Any = None, **config: Any) -> Any:
     config = {"device": "cpu"} | config
     return saekit.load_model(causal_lm_folder(kind), backend=options or OPTIONS["plain"], **config)
+
+
+@cache
+def shared(kind: str, how: str = "plain") -> Any:
+    """The same object each time: leave it as it is."""
+    return bridge(kind, OPTIONS[how])
 
 
 def booted(kind: str = "gpt2", read_by: Any = None) -> Any:
@@ -82,7 +89,7 @@ def read_together(backend: Any, names: list[str]) -> tuple[Any, dict[str, str]]:
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen2"])  # which is a Llama with biases
 def test_every_hook_is_read_and_put_back(kind: str, how: str) -> None:
     """The hooks of one block and those outside, each alone as it comes; both names of a place are the same."""
-    backend = bridge(kind, OPTIONS[how])
+    backend = shared(kind, how)
     clean = backend.run(TOKENS, want="logits").logits
     names = [name for name in backend.hook_names() if name.startswith("blocks.1.") or not name.startswith("blocks.")]
     together, silent = read_together(backend, names)
@@ -106,16 +113,16 @@ def test_every_hook_is_read_and_put_back(kind: str, how: str) -> None:
 
 
 def test_hooks_are_listed_with_transformer_lens_names_first() -> None:
-    for options in OPTIONS.values():
-        names = bridge("llama", options).hook_names()
+    for how in OPTIONS:
+        names = shared("llama", how).hook_names()
         assert names.index("blocks.0.hook_resid_pre") < names.index("blocks.0.hook_in")
         assert names.index("blocks.0.hook_in") < names.index("blocks.1.hook_resid_pre")
         assert "hook_pos_embed" not in names, "what a Llama rotates by is no embedding, and two tensors"
-        assert "hook_pos_embed" in bridge("gpt2", options).hook_names()
+        assert "hook_pos_embed" in shared("gpt2", how).hook_names()
 
 
 def test_the_residual_stream_under_both_names() -> None:
-    backend = bridge("gpt2")
+    backend = shared("gpt2")
     found = [name for name in backend.hook_names() if backend.in_residual_stream(name) and "blocks.1" in name]
     assert set(found) == {
         "blocks.1.hook_resid_pre", "blocks.1.hook_in", "blocks.1.hook_resid_mid", "blocks.1.ln2.hook_in",
@@ -138,11 +145,13 @@ def test_a_forward_ends_after_the_last_hook_that_is_read() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_forward_begins_inside(kind: str) -> None:
     """Blocks before do not run, and the numbers are those of a whole forward."""
-    backend = bridge(kind)
+    backend = shared(kind)
     assert isinstance(backend, StartsInside)
     calls: list[int] = []
-    for number, block in enumerate(backend.model.blocks):
+    watching = [
         block.mlp.register_forward_hook(lambda *_, number=number: calls.append(number))
+        for number, block in enumerate(backend.model.blocks)
+    ]
     for hook, entry, blocks in (
         ("blocks.1.attn.hook_z", "blocks.1.hook_resid_pre", [1, 2]),
         ("blocks.1.hook_out", "blocks.1.hook_resid_post", [2]),
@@ -157,13 +166,15 @@ def test_a_forward_begins_inside(kind: str) -> None:
         assert calls == blocks
         assert torch.equal(begun.loss, whole.loss)
         assert torch.equal(begun.held[hook], whole.held[hook])
+    for one in watching:
+        one.remove()
     assert backend.entry_of(["hook_embed"]) is None
     with pytest.raises(ModelError, match="hook 'blocks.0.hook_in' of .* does not run in a forward that begins at"):
         backend.run_from(TOKENS, "blocks.1.hook_resid_pre", value, read=["blocks.0.hook_in"])
 
 
 def test_names_of_places_in_other_libraries() -> None:
-    backend = bridge("llama")
+    backend = shared("llama")
     assert isinstance(backend, TranslatesHooks)
     assert backend.hook_like("blocks.1.hook_mlp_out") == "blocks.1.hook_mlp_out"
     assert backend.hook_like("model.layers.1") == "blocks.1.hook_resid_post"
@@ -175,7 +186,7 @@ def test_names_of_places_in_other_libraries() -> None:
 
 @pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")  # transformer_lens 4.3 uses it
 def test_hooks_stand_while_the_library_generates() -> None:
-    backend = bridge("gpt2")
+    backend = shared("gpt2")
     assert isinstance(backend, AttachesHooks)
     prompt, told = TOKENS[:1, :5], []
     clean = backend.model.generate(prompt, max_new_tokens=4, do_sample=False, verbose=False)
@@ -193,7 +204,7 @@ def test_hooks_stand_while_the_library_generates() -> None:
 
 
 def test_the_library_sees_points_that_are_exposed() -> None:
-    backend = bridge("gpt2")
+    backend = shared("gpt2")
     assert isinstance(backend, ExposesHooks)
     name = "blocks.1.hook_resid_post.hook_sae_acts_post"
     with backend.exposed([name]) as points, backend.attached({"blocks.1.hook_resid_post": points[name]}):
@@ -277,7 +288,7 @@ def test_what_cannot_be_loaded_is_said(tmp_path: Path) -> None:
 
 def test_forward_options_reach_the_model() -> None:
     last = bridge("gpt2", TransformerBridgeOptions(forward_kwargs={"logits_to_keep": 2})).run(TOKENS, want="logits")
-    assert torch.allclose(last.logits, bridge("gpt2").run(TOKENS, want="logits").logits[:, -2:], atol=1e-5)
+    assert torch.allclose(last.logits, shared("gpt2").run(TOKENS, want="logits").logits[:, -2:], atol=1e-5)
 
 
 def test_random_numbers_stay_where_they_were() -> None:

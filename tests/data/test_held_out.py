@@ -18,6 +18,8 @@ from saekit.data.packed import held_documents
 from saekit.errors import DataError
 from saekit.testing import FakeBackend
 
+pytestmark = pytest.mark.usefixtures("short_rehearsals")
+
 TEXTS = [f"def f{n}(x):\n    return x + {n}\n" * (n % 7) for n in range(300)]
 RECORDS = [{"text": text} for text in TEXTS]
 

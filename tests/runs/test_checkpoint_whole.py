@@ -6,13 +6,12 @@ import contextlib
 import itertools
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support import warm
 from support.failing_disk import _watch, failing_at, full_disk
 from support.runs import contents, fake_config, pressing, resume, stopped, train
 from torch import Tensor
@@ -213,8 +212,19 @@ def test_a_full_disk_when_training_is_interrupted(tmp_path: Path, monkeypatch: p
 
 
 SMALL_DISK = """
-import sys, warnings
+import ctypes, os, sys, warnings
 from pathlib import Path
+# A disk of its own, which nobody else sees: as root of a user namespace, in a namespace of mounts.
+libc, users, place = ctypes.CDLL(None), [os.getuid(), os.getgid()], os.fsencode(sys.argv[2])
+refused = libc.unshare(0x10000000 | 0x20000)
+try:
+    for file, text in zip(("setgroups", "uid_map", "gid_map"), ("deny", *(f"0 {user} 1" for user in users))):
+        Path("/proc/self", file).write_text(text)
+except OSError:
+    refused = True
+refused = refused or libc.mount(None, b"/", None, 0x44000, None)  # nothing that is mounted here is seen elsewhere
+if refused or libc.mount(b"none", place, b"tmpfs", 0, b"size=1500k"):
+    sys.exit(77)
 sys.path.insert(0, sys.argv[1])
 from support.runs import fake_config, train, resume
 from saekit.runs.checkpoints import newest_checkpoint
@@ -250,12 +260,9 @@ newest_checkpoint(home / "run").training("sae")
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     mount = tmp_path / "disk"
     mount.mkdir()
-    (tmp_path / "program.py").write_text(SMALL_DISK)
-    enter = ["unshare", "-Urm", "sh", "-c", 'mount -t tmpfs -o size=1500k none "$1" && shift && exec "$@"', "sh"]
-    if subprocess.run([*enter, mount, "true"], capture_output=True, check=False).returncode:
+    done = warm.python("-c", SMALL_DISK, Path(__file__).parents[1], mount)
+    if done.returncode == 77:
         pytest.skip("no file system can be mounted here")
-    program = [sys.executable, tmp_path / "program.py", Path(__file__).parents[1], mount]
-    done = subprocess.run([*enter, mount, *program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     *told, left = done.stdout.splitlines()
     assert len(told) == 2, done.stdout

@@ -29,6 +29,7 @@ _COUNTS, _EVEN = (14, 10), (12, 12)
 _STEPS = ((0, 0.0), (3, 0.4))
 """Number and part of the features that is dead."""
 _UPDATES, _LR = 2, 0.05
+_PLAIN = "autograd"
 _NAMES: dict[str, Mesh] = {"data": DATA, "features": FEATURES}
 
 
@@ -45,21 +46,22 @@ def two_processes(subject: Subject) -> None:
             if reason := _refused(sae, *mesh):
                 reasons.append(reason)
             else:
-                cases += [(f"{where}, {way}", one) for way, one in _ways(sae, name)]
+                cases += [(where, way, one) for way, one in _ways(sae, name)]
         refused += reasons[:1]
         if cases:
             saes[mesh] = cases
-            works[mesh] = partial(_stepped_by_two, [one for _, one in cases])
+            works[mesh] = partial(_stepped_by_two, [one for *_, one in cases])
     if not works:
         says = ", ".join(sorted(sae.spreads_over & _NAMES.keys()))
         what = f"it says spreads_over = {{{says}}}" if says else "it does not say spreads_over"
         raise NotTried(f"{what}, and runs on several processes refuse it: {'; '.join(dict.fromkeys(refused))}")
     # Before the forks, which then have what torch imports, for seconds, when the first optimizer is made.
-    alone = {mesh: [_stepped_by_one(sae) for _, sae in cases] for mesh, cases in saes.items()}
+    alone = {where: _stepped_by_one(sae) for cases in saes.values() for where, way, sae in cases if way == _PLAIN}
     for mesh, (found, other) in on_two(works, subject.place).items():
         split = "batches" if mesh == DATA else "features"
-        for (where, sae), (steps, updated), own, theirs in zip(saes[mesh], alone[mesh], found, other, strict=True):
-            about = f" ({split} split over 2 processes, {where})"
+        for (where, way, sae), own, theirs in zip(saes[mesh], found, other, strict=True):
+            steps, updated = alone[where]
+            about = f" ({split} split over 2 processes, {where}, {way})"
             for told, weights in (own, theirs):
                 for (one, right), (step, state) in zip(steps, told, strict=True):
                     _must_be_that_of_one(sae, one, right, step, state, about)
@@ -84,7 +86,7 @@ def _ways(sae: SAE, name: str) -> Iterator[tuple[str, SAE]]:
     spread = frozenset({name})
     plain: Any = copied(sae, "reference")
     plain.spread = spread
-    yield "autograd", plain
+    yield _PLAIN, plain
     for kernel in sae.step_kernels:
         fast: Any = copied(sae, "fast")
         fast.step_kernels, fast.spread = (kernel,), spread

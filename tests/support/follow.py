@@ -162,7 +162,7 @@ def _made_short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_CONTEXTS", 48)
         patch.setattr(demo, "_CONTEXTS_SHOWN", 16)
-        patch.setattr(rehearsal, "_SECONDS", 0.5)
+        patch.setattr(rehearsal, "_SECONDS", 0.05)
         yield
 
 

@@ -248,9 +248,11 @@ def test_names_are_there_after_import_saekit() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("sphinx") is None, reason="Sphinx is not installed")
 def test_sphinx_builds_without_a_warning(tmp_path: Path) -> None:
-    command = ["-m", "sphinx", "-q", "-W", "-b", "html", "-d", tmp_path / "trees", DOCS, tmp_path / "html"]
-    found = warm.python(*command)
+    found = warm.python(ROOT / "tests" / "support" / "docs_build.py", DOCS, tmp_path)
     assert found.returncode == 0, found.stderr
+    index = (tmp_path / "html" / "index.html").read_text(encoding="utf-8")
+    assert "_static/styles/furo.css" in index
+    assert 'href="reference/api.generated.html"' in index, "in the tree of all pages"
     pages = {
         path.name.partition(".")[0]: path.read_text(encoding="utf-8") for path in tmp_path.glob("html/reference/*.html")
     }

@@ -53,13 +53,15 @@ SHORT = [
 ]  # fmt: skip
 NEEDED = "activations.source.refill=needed"
 """No forward of what a short run would throw away: 65,536 activations fill the buffer."""
+UNDRAWN = {"pictures": False}
 SPARING: dict[str, dict[str, Any]] = {
     "activations": {"source": {"name": "live", "refill": "needed"}},
     "evals": {"n_contexts": 16},
 }
 """Options of runs from Python where their page does not name them: no forward that is thrown away, fewer measured."""
 SHORTER = {
-    "train": SHORT, "demo": [*SHORT, "sae.l1_warm_up_steps=1"], "plan": SHORT, "cache": SHORT, "cache verify": [],
+    "train": [*SHORT, "reports.pictures=false"], "demo": [*SHORT, "sae.l1_warm_up_steps=1"],
+    "plan": SHORT, "cache": SHORT, "cache verify": [],
     "eval": ["--n-contexts", "16"], "compare": ["--n-contexts", "8"],
     "pretokenize": ["max_contexts=400"], "features": ["--n-contexts", "24"],
     "bench": ["--seconds", "0.2", "--size", "16x512"],
@@ -160,7 +162,7 @@ def _made_short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_CONTEXTS", 48)
         patch.setattr(demo, "_CONTEXTS_SHOWN", 16)
-        patch.setattr(rehearsal, "_SECONDS", 0.5)
+        patch.setattr(rehearsal, "_SECONDS", 0.05)
         yield
 
 
@@ -213,11 +215,14 @@ HUB = [
 _served: list[object] = []
 
 
-def sparing(config: Any) -> Any:
-    """A dict of options, or each of several, with what :data:`SPARING` says of options that it does not name."""
+def sparing(config: Any, **also: Any) -> Any:
+    """A dict of options, or each of several, with what :data:`SPARING` says of options that it does not name.
+
+    ``also`` is said, too; several have no pictures.
+    """
     if not isinstance(config, dict):
-        return [sparing(one) for one in config] if isinstance(config, list) else config
-    return config | {section: options | config.get(section, {}) for section, options in SPARING.items()}
+        return [sparing(one, reports=UNDRAWN) for one in config] if isinstance(config, list) else config
+    return config | {section: options | config.get(section, {}) for section, options in (SPARING | also).items()}
 
 
 def watch(results: Path, whole: bool, drawn: bool) -> None:
@@ -226,8 +231,7 @@ def watch(results: Path, whole: bool, drawn: bool) -> None:
     What is not ``whole`` is as :func:`sparing` makes it, and what is not ``drawn`` has no pictures.
     """
     if not drawn:
-        SHORT.append("reports.pictures=false")
-        SPARING["reports"] = {"pictures": False}
+        SPARING["reports"] = UNDRAWN
     started, found = time.monotonic(), list[dict[str, Any]]()
     import saekit
 
@@ -253,15 +257,15 @@ def watch(results: Path, whole: bool, drawn: bool) -> None:
     train, grid = saekit.train, saekit.grid
     if not whole:
         saekit.train = lambda cfg, **named: train(sparing(cfg), **named)  # type: ignore[assignment]
-        saekit.grid = lambda cfg, axes: grid(sparing(cfg), axes)  # type: ignore[assignment]
+        saekit.grid = lambda cfg, axes: grid(sparing(cfg, reports=UNDRAWN), axes)  # type: ignore[assignment]
     saekit.train, saekit.resume = watched(saekit.train), watched(saekit.resume)  # type: ignore[assignment]
 
 
 def script_of(page: Path, results: Path) -> str:
     """The page as a program, to be run in an empty folder with the tests' folder on the path.
 
-    README's runs from Python are as they are printed, to the last option.  Pages that show a run's pictures draw them.
-    A block that begins with ``# NAME.toml`` is that file.
+    README's runs from Python are as they are printed, to the last option.  Pages that show a run's pictures draw those
+    of single runs from Python.  A block that begins with ``# NAME.toml`` is that file.
     """
     blocks, parts = blocks_of(page), []
     for block in blocks:

@@ -48,11 +48,12 @@ LIGHT = (
 )  # fmt: skip
 """What the command line itself and mistakes on it import."""
 JOBS = (
-    "matplotlib.figure", "matplotlib.backends.backend_agg", "rich.progress", "rich.table", "saekit.commands.jobs",
-    "saekit.commands.outcome", "saekit.evals.engine", "saekit.kernels.step", "saekit.pretrained.load",
-    "saekit.reports.curves", "saekit.runs.supervised",
+    "matplotlib.figure", "matplotlib.backends.backend_agg", "rich.progress", "rich.table", "saekit.commands.features",
+    "saekit.commands.jobs", "saekit.commands.outcome", "saekit.evals.engine", "saekit.kernels.step",
+    "saekit.planning.planner", "saekit.planning.rehearsal", "saekit.pretrained.load", "saekit.reports.curves",
+    "saekit.runs.ending", "saekit.runs.run", "saekit.runs.supervised", "saekit.training.loop",
 )  # fmt: skip
-"""What training and evaluating import."""
+"""What training, planning and evaluating import."""
 
 NOT_OF_THE_HUB = ("torch", "torch._dynamo", "pandas", "pyarrow.parquet", "safetensors.torch", "sympy", "attrs", "yaml")
 """What takes long and does not read the variables of the Hub while it is imported."""

@@ -136,9 +136,9 @@ def _no_peek() -> None:
 
     made = SupervisedSource.__init__
 
-    def init(supervised: Any, source: Any, *rest: Any) -> None:
+    def init(supervised: Any, source: Any, *rest: Any, **named: Any) -> None:
         type(source).peek = peek
-        made(supervised, source, *rest)
+        made(supervised, source, *rest, **named)
 
     SupervisedSource.__init__ = init  # type: ignore[method-assign]
 

@@ -146,12 +146,12 @@ def test_plugins() -> None:
 def test_demo(tmp_path: Path) -> None:
     short = ("training.training_tokens=20480", "training.train_batch_size_tokens=512", "training.lr_decay_steps=0")
     source = ("sae.l1_warm_up_steps=10", "activations.source.refill=needed", "dataset.context_size=64")
-    found = cli("demo", *short, *source, "evals.n_contexts=8", "--folder", "out", cwd=tmp_path)
+    found = cli("demo", *short, *source, "evals.n_contexts=8", "--folder", "out", cwd=tmp_path, cold=True)
     for words in ("explained variance", "L0", "CE recovered", "dead features", "promotes ", "«", "training curves "):
         assert words in found.stdout
     assert found.stdout.count("Feature ") == 5
     assert "tokens/s" in found.stderr
-    for what in ("loading the model saekit/tiny-python", "measuring on held-out text",
+    for what in ("importing torch", "loading the model saekit/tiny-python", "measuring on held-out text",
                  "looking for features that are easy to read", "writing a dashboard of them"):  # fmt: skip
         assert f"{what} ...\n" in found.stderr
     (picture,) = tmp_path.glob("out/*/curves.png")
